@@ -1,0 +1,19 @@
+# Both commands are complete on a fresh machine with Python 3.11 or newer and make.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test
+
+demo: .venv/installed ## set up, then train on handwritten digits, on two CPU cores in a few minutes
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --dynamo_backend no --mixed_precision no \
+		training/train_ldm.py --config training/configs/digits.yaml
+
+test: .venv/installed ## set up, then run all tests
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+# The tested versions: an open range could install another torch, and gigabytes with it.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@

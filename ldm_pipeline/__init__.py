@@ -1,0 +1,22 @@
+"""Latent diffusion models as ordinary Diffusers pipelines: loading and sampling."""
+
+from importlib import import_module
+
+# Resolved on first use (PEP 562): Diffusers takes seconds to import, and a command's --help needs none of it.
+_HOMES = {
+    "LDMPipeline": "pipeline",
+    "build_autoencoder": "models",
+    "build_unet": "models",
+    "build_scheduler": "models",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,150 @@
+"""Diffusers' own networks and schedulers from a few numbers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    SchedulerMixin,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
+
+
+def build_autoencoder(
+    kind: str,
+    widths: Sequence[int],
+    blocks: Sequence[int],
+    latent_channels: int,
+    channels: int = 3,
+    resolution: int = 32,
+) -> AutoencoderKL | AutoencoderDC:
+    """An untrained autoencoder of images `(N, channels, H, W)` in [-1, 1].
+
+    Its latents are `(N, latent_channels, H / f, W / f)` with `f = 2 ** (len(widths) - 1)`.
+
+    Args:
+        kind: "AutoencoderKL" (arXiv:2112.10752) or "AutoencoderDC" (arXiv:2410.10733), which has no posterior.
+        widths: channels by level, finest first.
+        blocks: residual blocks by level. AutoencoderKL needs the same number in every level.
+
+    Raises:
+        ValueError: for numbers that the class cannot serve.
+    """
+    if len(blocks) != len(widths):
+        raise ValueError(f"blocks {list(blocks)} and widths {list(widths)} must have one entry a level each")
+    if kind == "AutoencoderKL":
+        if len(set(blocks)) != 1 or blocks[0] < 1:
+            raise ValueError(f"AutoencoderKL wants one number of blocks for all levels, found {list(blocks)}")
+        groups = next(g for g in (32, 16, 8, 4, 2, 1) if all(width % g == 0 for width in widths))
+        return AutoencoderKL(
+            in_channels=channels,
+            out_channels=channels,
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
+            block_out_channels=tuple(widths),
+            layers_per_block=blocks[0],
+            latent_channels=latent_channels,
+            norm_num_groups=groups,
+            sample_size=resolution,
+            scaling_factor=1.0,
+            mid_block_add_attention=False,
+        )
+    if kind == "AutoencoderDC":
+        none = ((),) * len(widths)
+        return AutoencoderDC(
+            in_channels=channels,
+            latent_channels=latent_channels,
+            encoder_block_out_channels=tuple(widths),
+            decoder_block_out_channels=tuple(widths),
+            encoder_layers_per_block=tuple(blocks),
+            decoder_layers_per_block=tuple(blocks),
+            encoder_qkv_multiscales=none,
+            decoder_qkv_multiscales=none,
+        )
+    raise ValueError(f"unknown autoencoder {kind!r}: want AutoencoderKL or AutoencoderDC")
+
+
+def load_autoencoder(source: str | Path) -> AutoencoderKL | AutoencoderDC:
+    """An existing autoencoder from a local folder or a Hub id, whichever of the two classes it is.
+
+    Raises:
+        ValueError: if it is of another class.
+        OSError: if there is none at `source`.
+    """
+    kind = AutoencoderKL.load_config(source).get("_class_name")
+    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
+    if kind not in classes:
+        raise ValueError(f"{source} holds a {kind}: want {' or '.join(classes)}")
+    return classes[kind].from_pretrained(source, use_safetensors=True)
+
+
+def build_unet(
+    sample_size: int | tuple[int, int],
+    latent_channels: int,
+    widths: Sequence[int],
+    layers_per_block: int = 2,
+    attention: Sequence[bool] | None = None,
+    attention_head_dim: int = 64,
+    norm_groups: int = 32,
+    dropout: float = 0.0,
+    num_classes: int | None = None,
+) -> UNet2DModel:
+    """An untrained U-Net that denoises latents `(N, latent_channels, *sample_size)`.
+
+    Args:
+        sample_size: height and width of the latents.
+        widths: channels by level, finest first; every level after the first halves the resolution.
+        attention: levels with self-attention; none if omitted.
+        num_classes: K of a class-conditional model. It embeds K + 1 classes: the last is the null class of
+            classifier-free guidance (arXiv:2207.12598).
+
+    Raises:
+        ValueError: when the latents cannot be halved that often, or a width is no multiple of a group or head.
+    """
+    attention = [False] * len(widths) if attention is None else list(attention)
+    size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+    halvings = 2 ** (len(widths) - 1)
+    if any(side % halvings for side in size):
+        raise ValueError(f"latents of {size[0]}x{size[1]} cannot be halved {len(widths) - 1} times: use fewer "
+                         "denoiser.widths or another data.resolution")
+    if len(attention) != len(widths):
+        raise ValueError(f"denoiser.attention {attention} and denoiser.widths {list(widths)} must have one entry "
+                         "a level each")
+    if bad := [width for width in widths if width % norm_groups]:
+        raise ValueError(f"denoiser.widths {bad} are no multiples of denoiser.norm_groups {norm_groups}")
+    heads = [w for w, attend in zip(widths, attention, strict=True) if attend] + [widths[-1]]
+    if bad := [width for width in heads if width % attention_head_dim]:
+        raise ValueError(f"denoiser.widths {bad} with attention are no multiples of denoiser.attention_head_dim "
+                         f"{attention_head_dim}")
+    return UNet2DModel(
+        sample_size=sample_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=tuple(widths),
+        layers_per_block=layers_per_block,
+        down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attention),
+        up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attention)),
+        attention_head_dim=attention_head_dim,
+        norm_num_groups=norm_groups,
+        dropout=dropout,
+        resnet_time_scale_shift="scale_shift",
+        num_class_embeds=None if num_classes is None else num_classes + 1,
+        flip_sin_to_cos=True,
+        freq_shift=0,
+    )
+
+
+def build_scheduler(objective: dict) -> SchedulerMixin:
+    """A good default sampler for what the network predicts, on the network's own noise path.
+
+    UniPC of order 3 (arXiv:2302.04867) for a flow, DPM-Solver++ 2M (arXiv:2211.01095) otherwise.
+
+    Args:
+        objective: the `objective` of an LDMPipeline.
+    """
+    if objective["prediction_type"] == "flow_prediction":
+        return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=3)
+    return DPMSolverMultistepScheduler(**objective, timestep_spacing="trailing")

@@ -1,0 +1,38 @@
+"""Shared helpers: real processes on a tiny run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "training" / "configs" / "tiny.yaml"
+
+
+def launch(script: str, *options: str, processes: int = 1, config: Path = TINY, check: bool = True, cwd=None):
+    """Run a training script as its users do, on the CPU, offline; returns the finished process with its output."""
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"),
+        *("--num_processes", str(processes), "--dynamo_backend", "no"),
+        *(str(ROOT / "training" / script), "--config", str(config), *map(str, options)),
+    ]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment(), timeout=600)
+    if check:
+        assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-6000:]
+    return finished
+
+
+def environment() -> dict[str, str]:
+    """The environment of a child: one thread each, so that sums have one order, and no Hub."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Path:
+    """The run folder of the whole main job on the tiny configuration."""
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    finished = launch("train_ldm.py", "--output_dir", folder)
+    (folder.parent / "stdout.txt").write_text(finished.stdout)
+    return folder

@@ -1,0 +1,444 @@
+"""What a user relies on when bringing images: every source loads, every picture is seen right."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from training import sources
+from training.config import DataConfig
+from training.data import (
+    Scan,
+    StepSampler,
+    batch_indices,
+    generator,
+    load_images,
+    scan,
+    slice_of_batch,
+    transform,
+)
+from training.report import save_grid
+
+GREYS = [0, 40, 80, 120, 160, 200]  # one image each; those of class "a" come first
+CLASSES = ["a", "a", "a", "b", "b", "b"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def picture(grey: int, size=(10, 8)) -> Image.Image:
+    return Image.new("RGB", size, (grey, grey, grey))
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def decoded(image: Image.Image, kind: str = "PNG", **options) -> Image.Image:
+    return Image.open(io.BytesIO(encoded(image, kind, **options)))
+
+
+def hub_style() -> datasets.Dataset:
+    features = datasets.Features({"pic": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b"])})
+    columns = {"pic": [picture(grey) for grey in GREYS], "kind": CLASSES}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def write_folder(root: Path, with_classes: bool = True) -> Path:
+    for grey, name in zip(GREYS, CLASSES, strict=True):
+        path = root / (name if with_classes else "") / f"test_{grey}.png"  # a file's name makes no split
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(grey).save(path)
+    (root / ".hidden.png").write_bytes(b"")
+    return root
+
+
+def write_split_folders(root: Path) -> Path:
+    write_folder(root / "train")
+    write_folder(root / "test")
+    return root
+
+
+def write_parquet_file(root: Path) -> Path:
+    hub_style().to_parquet(root / "pictures.parquet")
+    return root / "pictures.parquet"
+
+
+def write_parquet_folder(root: Path) -> Path:
+    for split in ("train", "test"):
+        hub_style().to_parquet(root / f"{split}-00000-of-00001.parquet")
+    return root
+
+
+def write_plain_parquet(root: Path) -> Path:
+    images = [{"bytes": encoded(picture(grey)), "path": None} for grey in GREYS]
+    table = pyarrow.table({"image": images, "label": [ord(name) - ord("a") for name in CLASSES]})
+    pyarrow.parquet.write_table(table, root / "plain.parquet")
+    return root / "plain.parquet"
+
+
+def write_named_classes(root: Path) -> Path:
+    table = pyarrow.table({"data": [encoded(picture(grey)) for grey in GREYS], "label": CLASSES})
+    pyarrow.parquet.write_table(table, root / "named.parquet")
+    return root / "named.parquet"
+
+
+def write_saved(root: Path) -> Path:
+    hub_style().save_to_disk(root / "saved")
+    return root / "saved"
+
+
+def write_saved_splits(root: Path) -> Path:
+    datasets.DatasetDict(train=hub_style(), validation=hub_style()).save_to_disk(root / "saved")
+    return root / "saved"
+
+
+def write_arrow_file(root: Path) -> Path:
+    return next(write_saved(root).glob("*.arrow"))
+
+
+def write_webdataset(root: Path) -> Path:
+    with tarfile.open(root / "shard.tar", "w") as tar:
+        for grey, name in zip(GREYS, CLASSES, strict=True):
+            contents = {"png": encoded(picture(grey)), "cls": str(ord(name) - ord("a")).encode()}
+            for suffix, content in contents.items():
+                entry = tarfile.TarInfo(f"{grey:03}.{suffix}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    return root / "shard.tar"
+
+
+WRITERS = {
+    write_folder: ("a", "b"),
+    write_split_folders: ("a", "b"),
+    write_parquet_file: ("a", "b"),
+    write_parquet_folder: ("a", "b"),
+    write_plain_parquet: ("0", "1"),
+    write_named_classes: ("a", "b"),
+    write_saved: ("a", "b"),
+    write_saved_splits: ("a", "b"),
+    write_arrow_file: ("a", "b"),
+    write_webdataset: ("0", "1"),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+def test_every_source_gives_the_same_images_and_classes(write, tmp_path):
+    (tmp_path / "data").mkdir()
+    path = write(tmp_path / "data")
+    data = load_images(DataConfig(dataset=str(path), resolution=8, held_out=0.3))
+    two_splits = write in (write_split_folders, write_parquet_folder, write_saved_splits)
+    assert (len(data.train), len(data.held_out)) == ((6, 6) if two_splits else (4, 2))
+    samples = [split[i, False] for split in (data.train, data.held_out) for i in range(len(split))]
+    found = {(round((s["images"].mean().item() + 1) * 127.5), int(s["class_labels"])) for s in samples}
+    assert found == {(grey, ord(name) - ord("a")) for grey, name in zip(GREYS, CLASSES, strict=True)}
+    assert data.id2label == dict(enumerate(WRITERS[write]))
+    assert all(s["images"].shape == (3, 8, 8) and s["images"].dtype == torch.float32 for s in samples)
+    assert data.train.labels.tolist() == [int(s["class_labels"]) for s in samples[: len(data.train)]]
+    assert scan(data).unreadable == []
+
+
+def test_a_folder_without_class_folders_has_no_labels(tmp_path):
+    data = load_images(DataConfig(dataset=str(write_folder(tmp_path / "data", with_classes=False))))
+    assert data.id2label is None and data.train.labels is None and len(data.train) == 5
+    assert sorted(data.train[0, False]) == ["images", "indices"]
+
+
+def test_digits():
+    data = load_images(DataConfig(dataset="digits", resolution=8, channels=1))
+    found = scan(data)
+    assert (len(data.train), len(data.held_out)) == (1707, 90)
+    assert list(data.id2label.values()) == list("0123456789")
+    images = torch.stack([data.train[i, False]["images"] for i in range(50)])
+    assert images.shape == (50, 1, 8, 8) and images.min() == -1 and images.max() == 1
+    assert found.modes == {"L": 1797} and sum(found.classes.values()) == 1707
+    assert Scan(**asdict(found)) == found
+
+
+MISTAKES = {
+    "split": (dict(train_split="training"), r"training.*train \(6 images\).*test.*--data.train_split"),
+    "test split": (dict(test_split="val"), "val.*--data.test_split"),
+    "same split": (dict(test_split="train"), "--data.test_split and --data.train_split"),
+    "image column": (dict(image_column="img"), r"img.*--data.image_column.*pic \(Image\), kind"),
+    "not images": (dict(image_column="kind"), "--data.image_column.*kind"),
+    "label column": (dict(label_column="pic"), "--data.label_column.*pic"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_option_is_named_with_what_there_is(mistake, tmp_path):
+    options, message = MISTAKES[mistake]
+    with pytest.raises(ValueError, match=message):
+        load_images(DataConfig(dataset=str(write_parquet_folder(tmp_path)), **options))
+
+
+def test_ambiguous_columns_are_listed(tmp_path):
+    rows = hub_style()
+    rows = rows.add_column("fine", [0] * 6).cast_column("fine", datasets.ClassLabel(names=["x"]))
+    rows.to_parquet(tmp_path / "two.parquet")
+    with pytest.raises(ValueError, match="kind, fine.*--data.label_column"):
+        load_images(DataConfig(dataset=str(tmp_path / "two.parquet")))
+    data = load_images(DataConfig(dataset=str(tmp_path / "two.parquet"), label_column="kind"))
+    assert data.id2label == {0: "a", 1: "b"}
+
+
+def test_labels_out_of_range_are_refused(tmp_path):
+    train = hub_style()
+    test = train.remove_columns("kind").add_column("kind", [-1] * 6)
+    test = test.cast_column("kind", train.features["kind"])
+    datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="6 of 6 labels.*-1.*--data.test_split"):
+        load_images(DataConfig(dataset=str(tmp_path / "saved")))
+
+
+def test_folders_that_are_neither_classes_nor_splits_are_refused(tmp_path):
+    write_folder(write_split_folders(tmp_path) / "masks")
+    with pytest.raises(ValueError, match="test, train.*masks"):
+        load_images(DataConfig(dataset=str(tmp_path)))
+
+
+def test_missing_paths_and_an_unreachable_hub_end_at_once(tmp_path, monkeypatch):
+    for dataset in ("./missing", str(tmp_path / "missing"), "~/missing/pictures", "missing.parquet"):
+        with pytest.raises(ValueError, match="(?s)--data.dataset.*no such file or folder.*digits"):
+            load_images(DataConfig(dataset=dataset))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        load_images(DataConfig(dataset=str(tmp_path / "empty")))
+    monkeypatch.setattr(sources.constants, "ENDPOINT", "http://127.0.0.1:9")
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="(?s)--data.dataset 'org/pictures'.*Hub does not answer.*folder"):
+        load_images(DataConfig(dataset="org/pictures"))
+    assert time.perf_counter() - start < 2 and not datasets.config.HF_HUB_OFFLINE
+
+
+def test_the_cached_copy_serves_where_the_hub_does_not_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources.constants, "ENDPOINT", "http://127.0.0.1:9")
+    for commit in ("abc", "def"):
+        folder = tmp_path / "cache" / "org___pictures" / "default" / "0.0.0" / commit
+        builder = datasets.load_dataset_builder("parquet", data_files=str(write_parquet_file(tmp_path)))
+        builder.download_and_prepare()
+        stored = Path(builder.cache_dir)
+        folder.mkdir(parents=True)
+        (folder / "pictures-train.arrow").write_bytes((stored / "parquet-train.arrow").read_bytes())
+        info = (stored / "dataset_info.json").read_text().replace(builder.config.name, "default")
+        (folder / "dataset_info.json").write_text(info.replace('"parquet"', '"pictures"'))
+        os.utime(folder, (2e9 + len(list(folder.parent.iterdir())),) * 2)
+        data = load_images(DataConfig(dataset="org/pictures", resolution=8))
+        assert len(data.train) == 5 and data.id2label == {0: "a", 1: "b"}
+        if commit == "abc":
+            first = data.fingerprint
+    assert data.fingerprint != first
+
+
+def colours(tensor: torch.Tensor) -> list[int]:
+    return ((tensor.mean((1, 2)) + 1) * 127.5).round().int().tolist()
+
+
+def with_palette(transparency: int | None) -> Image.Image:
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    options = {} if transparency is None else {"transparency": transparency}
+    return decoded(image, **options)
+
+
+RED, PINK = (255, 0, 0), (255, 128, 128)
+MODES = {
+    "1": (Image.new("1", (8, 8), 1), [255, 255, 255]),
+    "L": (Image.new("L", (8, 8), 100), [100, 100, 100]),
+    "LA": (decoded(Image.new("LA", (8, 8), (0, 0))), [255, 255, 255]),
+    "P": (with_palette(None), [255, 0, 0]),
+    "P transparent": (with_palette(1), [255, 255, 255]),
+    "L transparent": (decoded(Image.new("L", (8, 8), 7), transparency=7), [255, 255, 255]),
+    "RGB": (Image.new("RGB", (8, 8), RED), [255, 0, 0]),
+    "RGBA": (decoded(Image.new("RGBA", (8, 8), (*RED, 127))), list(PINK)),
+    "CMYK": (decoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"), [255, 0, 0]),
+    "YCbCr": (Image.new("RGB", (8, 8), (90, 90, 90)).convert("YCbCr"), [90, 90, 90]),
+    "I;16": (decoded(Image.fromarray(np.full((8, 8), 257 * 100, np.uint16))), [100, 100, 100]),
+    "I": (decoded(Image.fromarray(np.full((8, 8), 257 * 100, np.int32)), "TIFF"), [100, 100, 100]),
+    "F": (decoded(Image.fromarray(np.full((8, 8), 0.4, np.float32)), "TIFF"), [102, 102, 102]),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_rgb_and_grey(mode):
+    image, expected = MODES[mode]
+    assert image.mode == mode.split()[0]
+    rgb, grey = transform(image.copy(), 8, 3, False), transform(image.copy(), 8, 1, False)
+    assert colours(rgb) == expected and rgb.min() >= -1 and rgb.max() <= 1
+    luma = round(0.299 * expected[0] + 0.587 * expected[1] + 0.114 * expected[2])
+    assert abs(colours(grey)[0] - luma) <= 1
+
+
+def test_deep_grey_values_out_of_range_are_refused():
+    for value in (-1.0, 1e6, float("nan")):
+        with pytest.raises(ValueError, match="grey values"):
+            transform(Image.fromarray(np.full((8, 8), value, np.float32)), 8, 1, False)
+
+
+def test_a_turned_photograph_stands_upright():
+    pixels = np.full((16, 16), 255, np.uint8)
+    pixels[:8, :8] = 0  # stored top left; orientation 6 turns it by 90 degrees, to the top right
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = transform(decoded(Image.fromarray(pixels), "JPEG", exif=exif, quality=95), 2, 1, False)
+    assert (image[0] > 0).tolist() == [[True, False], [True, True]]
+
+
+def test_the_centre_is_cropped_and_native_pixels_are_kept():
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 13, 3), np.uint8)
+    seen = transform(Image.fromarray(pixels), 8, 3, False)
+    expected = torch.from_numpy(pixels[:, 2:10]).permute(2, 0, 1) / 127.5 - 1
+    assert (seen - expected).abs().max() < 1e-6
+    assert torch.equal(transform(Image.fromarray(pixels), 8, 3, True), seen.flip(-1))
+    large = transform(Image.fromarray(pixels).resize((26, 16), Image.Resampling.BOX), 8, 3, True)
+    assert torch.equal(large, transform(Image.fromarray(pixels).resize((26, 16), 4), 8, 3, False).flip(-1))
+
+
+def test_a_large_jpeg_is_decoded_small_without_changing_the_picture():
+    ramp = np.broadcast_to(np.linspace(0, 255, 512).astype(np.uint8), (512, 512))
+    seen = transform(decoded(Image.fromarray(ramp), "JPEG", quality=95), 16, 1, False)
+    exact = transform(Image.fromarray(ramp), 16, 1, False)
+    assert (seen - exact).abs().max() < 0.02
+
+
+def test_the_first_frame_of_an_animation_counts():
+    image = decoded(picture(50), "GIF", save_all=True, append_images=[picture(200)])
+    assert colours(transform(image, 8, 3, False)) == [50, 50, 50]
+
+
+def test_unreadable_files_are_reported_and_left_out(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "data", with_classes=False)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    (root / "a_empty.png").write_bytes(b"")
+    (root / "b_text.jpg").write_text("not a picture")
+    (root / "c_truncated.jpg").write_bytes(encoded(noise, "JPEG")[:-900])
+    (root / "d_truncated.png").write_bytes(encoded(noise)[:-900])
+    Image.new("1", (4000, 4000)).save(root / "e_bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    data = load_images(DataConfig(dataset=str(root), held_out=0.5))
+    order = [data.train.name_of(i) for i in range(len(data.train))]
+    found = scan(data)
+    reasons = {Path(entry["name"]).name: entry["reason"] for entry in found.unreadable}
+    assert len(reasons) == 5 and "empty" in reasons["a_empty.png"] and "no image" in reasons["b_text.jpg"]
+    assert "truncated" in reasons["c_truncated.jpg"] and "DecompressionBomb" in reasons["e_bomb.png"]
+    text = found.describe()
+    assert "5 images cannot be read" in text and str(root / "b_text.jpg") in text
+    assert "images are below --data.resolution 32 and will be enlarged" in text and "expect copies" in text
+    data.keep_readable(found)
+    kept = [data.train.name_of(i) for i in range(len(data.train))]
+    assert kept == [name for name in order if Path(name).name not in reasons]
+    assert scan(data).unreadable == [] and scan(data).counts == found.counts
+
+
+def test_a_data_set_without_a_readable_image_is_refused(tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="No train image.*--data.dataset.*no image format"):
+        scan(load_images(DataConfig(dataset=str(tmp_path))))
+
+
+def test_the_fingerprint_names_content_and_transform(tmp_path):
+    root = write_folder(tmp_path / "data")
+    config = DataConfig(dataset=str(root), resolution=8)
+    first = load_images(config).fingerprint
+    assert load_images(config).fingerprint == first
+    assert load_images(DataConfig(dataset=str(root), resolution=4)).fingerprint != first
+    assert load_images(DataConfig(dataset=str(root), resolution=8, channels=1)).fingerprint != first
+    moved = root.rename(tmp_path / "moved")
+    assert load_images(DataConfig(dataset=str(moved), resolution=8)).fingerprint == first
+    picture(77).save(moved / "a" / "test_0.png")
+    assert load_images(DataConfig(dataset=str(moved), resolution=8)).fingerprint != first
+
+
+def test_the_fingerprint_is_that_of_another_process_with_another_cache(tmp_path):
+    path = write_parquet_file(tmp_path)
+    code = (
+        "from training.config import DataConfig; from training.data import load_images;"
+        f"print(load_images(DataConfig(dataset={str(path)!r})).fingerprint)"
+    )
+    env = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "other"), "PYTHONHASHSEED": "7"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[1])
+    other = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == load_images(DataConfig(dataset=str(path))).fingerprint
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (10, 10), (3, 8)])
+def test_the_order_is_an_endless_sequence_of_different_permutations(count, batch_size):
+    batches = [batch_indices(0, step, batch_size, count) for step in range(30)]
+    assert all(batch.shape == (batch_size,) and batch.dtype == torch.int64 for batch in batches)
+    sequence = torch.cat(batches)
+    epochs = sequence[: len(sequence) // count * count].view(-1, count)
+    assert all(sorted(epoch.tolist()) == list(range(count)) for epoch in epochs)
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) > 1
+    other = [batch_indices(1, step, batch_size, count) for step in range(30)]
+    assert not torch.equal(sequence, torch.cat(other))
+    start = time.perf_counter()
+    batch_indices(0, 10**12, batch_size, count)  # no earlier step is replayed
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (1, 4), (2, 2), (4, 1), (4, 3)])
+def test_shares_of_all_processes_make_the_same_global_batches(processes, accumulation):
+    whole = list(StepSampler(50, 24, 0, 0, 6, flips=True))
+    shares = [
+        list(StepSampler(50, 24, 0, 2, 6, True, process, processes, accumulation))
+        for process in range(processes)
+    ]
+    for number, batch in enumerate(whole[2:]):  # a start at step 2 is the tail of the straight sequence
+        parts = [share[number * accumulation + micro] for share in shares for micro in range(accumulation)]
+        assert [pair for part in parts for pair in part] == batch
+        assert {len(part) for part in parts} == {24 // processes // accumulation}
+    assert 0.3 < np.mean([flip for batch in whole for _, flip in batch]) < 0.7
+    assert not any(flip for batch in StepSampler(50, 24, 0, 0, 6) for _, flip in batch)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(ValueError, match="10 .*4 processes x 1 gradient_accumulation_steps.*batch_size"):
+        slice_of_batch(10, 0, 4, 1, 0)
+
+
+def test_generators_depend_on_every_part_of_their_key():
+    keys = [(0, "noise", 1), (0, "noise", 2), (1, "noise", 1), (0, "time", 1), (0, "noise1"), (0, 1)]
+    drawn = [torch.rand(1, generator=generator("cpu", *key)).item() for key in keys]
+    assert len(set(drawn)) == len(keys)
+    assert drawn[0] == torch.rand(1, generator=generator("cpu", 0, "noise", 1)).item()
+
+
+def test_spawned_workers_deliver_the_same_batches():
+    data = load_images(DataConfig(dataset="digits", resolution=8, channels=1))
+    sampler = StepSampler(len(data.train), 32, 0, 5, 9, flips=True)
+    here = list(DataLoader(data.train, batch_sampler=sampler))
+    there = DataLoader(data.train, batch_sampler=sampler, num_workers=2, multiprocessing_context="spawn")
+    for ours, theirs in zip(here, there, strict=True):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert here[0]["images"].shape == (32, 1, 8, 8)
+    assert here[0]["indices"].tolist() == [index for index, _ in next(iter(sampler))]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grid_shows_every_image_enlarged(channels, tmp_path):
+    images = torch.linspace(-1, 1, 6).view(6, 1, 1, 1).expand(6, channels, 32, 32)
+    save_grid(images, tmp_path / "grid.png", columns=3)
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.mode == ("L" if channels == 1 else "RGB") and 500 <= grid.width <= 900
+        assert np.asarray(grid)[0, 0].max() == 0 and np.asarray(grid)[-1, -1].min() == 255
+    assert [path.name for path in tmp_path.glob("*")] == ["grid.png"]
+    with pytest.raises(ValueError, match="finite"):
+        save_grid(images * float("nan"), tmp_path / "grid.png")

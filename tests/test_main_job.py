@@ -1,0 +1,169 @@
+"""The main job as its users run it: real processes, real files."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, environment, launch
+from PIL import Image
+from safetensors.torch import load_file
+
+from ldm_pipeline import LDMPipeline
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    """All weights that a run leaves: both networks, raw and averaged, and the moments of the optimizers."""
+    found = {}
+    for stage in ("autoencoder", "denoiser"):
+        checkpoint = max((run / stage).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        for path in checkpoint.glob("*.safetensors"):
+            found |= {f"{stage}/{path.stem}/{key}": value for key, value in load_file(path).items()}
+        for number, state in torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"].items():
+            found |= {f"{stage}/optimizer/{number}/{key}": value for key, value in state.items()}
+    for part in ("vae", "unet"):
+        found |= {f"pipeline/{part}/{k}": v for k, v in load_file(run / "pipeline" / part / WEIGHTS).items()}
+    return found
+
+
+def log_lines(run: Path) -> list[dict]:
+    """The metrics log without what depends on the clock."""
+    timed = ("images_per_second", "data_wait", "seconds")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+
+
+def assert_same_bits(a: Path, b: Path) -> None:
+    first, second = tensors(a), tensors(b)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert log_lines(a) == log_lines(b)
+    for picture in (a / "samples").iterdir():
+        assert picture.read_bytes() == (b / "samples" / picture.name).read_bytes(), picture.name
+
+
+def test_images_in_pipeline_out(tiny_run):
+    figures = json.loads((tiny_run / "metrics.json").read_text())
+    assert 5 < figures["psnr"] < 60 and 0 < figures["ssim"] <= 1 and 0 < figures["val_loss"] < 10
+    assert all(seconds > 0 for seconds in figures["seconds"].values())
+    for name in ("samples.png", "reconstructions.png", "autoencoder-0000012.png", "denoiser-0000012-ema.png"):
+        assert Image.open(tiny_run / "samples" / name).size[0] > 300
+    pipe = LDMPipeline.from_pretrained(tiny_run / "pipeline")
+    image = pipe(class_labels="7", num_inference_steps=2).images[0]
+    assert image.size == (16, 16) and image.mode == "L"
+    assert not list(tiny_run.rglob("*.tmp*"))
+
+
+def test_the_printed_lines_draw_a_picture(tiny_run, tmp_path):
+    printed = (tiny_run.parent / "stdout.txt").read_text()
+    code = printed[printed.index("from ldm_pipeline") :]
+    assert 'class_labels="7"' in code
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment(), capture_output=True)
+    assert Image.open(tmp_path / "picture.png").size == (16, 16)
+
+
+def test_finished_stages_are_skipped_and_can_be_redone(tiny_run):
+    before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.safetensors")}
+    again = launch("train_ldm.py", "--output_dir", tiny_run).stdout
+    assert again.count("stands") == 4
+    assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.safetensors")} == before
+    figures = (tiny_run / "metrics.json").read_text()
+    redone = launch("evaluate_ldm.py", "--output_dir", tiny_run, "--redo", "[evaluation]").stdout
+    assert "stands" not in redone
+    assert json.loads((tiny_run / "metrics.json").read_text())["psnr"] == json.loads(figures)["psnr"]
+
+
+def test_another_configuration_is_refused_with_the_difference(tiny_run):
+    refused = launch("train_ldm.py", "--output_dir", tiny_run, "--denoiser.widths", "[16, 64]", check=False)
+    assert refused.returncode != 0 and "denoiser.widths: [16, 32] -> [16, 64]" in refused.stdout
+    assert "--redo" in refused.stderr and "Traceback" not in refused.stderr.split("error:")[1].split("\n")[0]
+
+
+def test_killed_and_started_again_it_ends_in_the_same_bits(tiny_run, tmp_path):
+    """SIGKILL after a checkpoint of each trained stage; the same command goes on."""
+    run = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "training" / "train_ldm.py"), "--config", str(TINY), "--output_dir", str(run)]
+    for stage in ("autoencoder", "denoiser"):
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not list((run / stage).glob("checkpoint-*")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (run / stage / "done.json").exists()
+    launch("train_ldm.py", "--output_dir", run)
+    assert_same_bits(tiny_run, run)
+
+
+def test_two_processes_train_what_one_does(tmp_path):
+    """Every stage, with a discriminator, and accumulation of the denoiser; sums have another order, so not to the bit."""
+    options = ("--autoencoder.gan_weight", "0.1", "--autoencoder.gan_start", "4", "--denoiser.dropout", "0")
+    launch("train_ldm.py", "--output_dir", tmp_path / "one", *options)
+    options += ("--denoiser.gradient_accumulation_steps", "2")
+    launch("train_ldm.py", "--output_dir", tmp_path / "two", *options, processes=2)
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    for part in ("vae", "unet"):
+        names = [name for name in one if name.startswith(f"pipeline/{part}/")]
+        a, b = (torch.cat([run[name].flatten() for name in names]) for run in (one, two))
+        assert (a - b).norm() / a.norm() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--data.dataset", "no/such/folder"], "--data.dataset"),
+        (["--data.resolution", "18"], "--data.resolution 18 is no multiple of"),
+        (["--denoiser.batch_size", "100000"], "--denoiser.batch_size"),
+        (["--denoiser.norm_groups", "7"], "denoiser.norm_groups"),
+        (["--denoiser.zero_terminal_snr", "true", "--denoiser.prediction_type", "epsilon"], "zero_terminal_snr"),
+        (["--denoiser.max_stps", "4"], "denoiser.max_steps"),
+        (["--autoencoder.lpips_weight", "1"], "ldm-pipeline[lpips]"),
+        (["--autoencoder.pretrained", "no/such/autoencoder"], "--autoencoder.pretrained"),
+    ],
+)
+def test_what_cannot_work_ends_at_once_with_the_option_to_change(options, message, tmp_path):
+    command = [sys.executable, str(ROOT / "training" / "train_ldm.py"), "--config", str(TINY), *options]
+    command += ["--output_dir", str(tmp_path / "run")]
+    refused = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    assert refused.returncode == 2 and message in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "run" / "autoencoder").exists()
+
+
+def test_without_arguments_and_offline_it_names_the_option(tmp_path):
+    command = [sys.executable, str(ROOT / "training" / "train_ldm.py")]
+    began = time.monotonic()
+    refused = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=120)
+    assert refused.returncode == 2 and "--data.dataset 'uoft-cs/cifar10'" in refused.stderr
+    assert time.monotonic() - began < 60
+
+
+def test_dry_run_plans_and_trains_nothing(tmp_path):
+    printed = launch("train_ldm.py", "--output_dir", tmp_path / "run", "--dry_run", "true").stdout
+    assert re.search(r"denoiser: [\d.]+ M parameters, [\d.]+ GiB .* 12 steps of 16 images \(192\), .* minutes", printed)
+    assert Image.open(tmp_path / "run" / "samples" / "data.png").size[0] > 300
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_an_existing_autoencoder_is_used(tiny_run, tmp_path):
+    options = ("--autoencoder.pretrained", tiny_run / "autoencoder", "--denoiser.max_steps", "4")
+    launch("train_ldm.py", "--output_dir", tmp_path / "run", *options)
+    used, given = (load_file(run / "autoencoder" / WEIGHTS) for run in (tmp_path / "run", tiny_run))
+    assert all(torch.equal(used[key], given[key]) for key in given)
+
+
+def test_stages_run_alone_and_a_new_autoencoder_makes_new_latents(tmp_path):
+    options = ("--output_dir", tmp_path, "--autoencoder.max_steps", "4")
+    assert launch("train_autoencoder.py", *options).returncode == 0
+    launch("encode_latents.py", *options)
+    longer = ("--output_dir", tmp_path, "--autoencoder.max_steps", "6")
+    assert "autoencoder.max_steps: 4 -> 6" in launch("train_autoencoder.py", *longer).stdout
+    assert "encoded again, because these changed: autoencoder weights" in launch("encode_latents.py", *longer).stdout

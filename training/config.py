@@ -1,0 +1,367 @@
+"""The configuration of a run: a tree of dataclasses, read from one YAML file and dotted command-line options."""
+
+import difflib
+import json
+import re
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from training.checkpoint import atomic_write
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+# The stages in order, and what each leaves in the run folder.
+STAGES = {
+    "autoencoder": ["autoencoder"],
+    "latents": ["latents"],
+    "denoiser": ["denoiser", "pipeline"],
+    "evaluation": ["metrics.json"],
+}
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar10.yaml"
+
+
+@dataclass
+class DataConfig:
+    """The images."""
+
+    dataset: str = "uoft-cs/cifar10"
+    """A Hub id, a local folder of images (with or without one folder a class, or with folders train and test), a
+    local parquet, arrow or webdataset file, a folder of these, a folder written by save_to_disk, or "digits"
+    (scikit-learn's handwritten digits, which need no download)."""
+    subset: str | None = None
+    """Name of the Hub data set's configuration, where it has several."""
+    train_split: str = "train"
+    """Split to train on."""
+    test_split: str | None = None
+    """Split for held-out figures. Found by name (test, validation) if none is given."""
+    held_out: float = 0.05
+    """Share of the training split held out (at most 2,000 images) where there is no other split."""
+    image_column: str | None = None
+    """Column of the images (type Image, or encoded bytes). Found by type if none is given."""
+    label_column: str | None = None
+    """Column of the class labels (ClassLabel, integers or names). Found by type, else by a usual name, if none is
+    given; a data set without one is unlabelled."""
+    resolution: int = 32
+    """Height and width in pixels: the shorter side is resized to it, then the centre is cropped."""
+    channels: Literal[1, 3] = 3
+    """1 for grey images, 3 for RGB."""
+    horizontal_flip: bool = True
+    """Train on mirrored images too. Off where left and right mean something (digits, text)."""
+    num_workers: int = 0
+    """Processes that decode images. 0 decodes in the training process."""
+
+
+@dataclass
+class OptimizationConfig:
+    """How long and how fast a network is trained. These may change between a run and its continuation."""
+
+    batch_size: int = 128
+    """Images of one optimizer step, over all processes and accumulation steps together."""
+    gradient_accumulation_steps: int = 1
+    """Parts in which a process computes its share of the batch, one after another, to save memory."""
+    max_steps: int = 10_000
+    """Optimizer steps in all."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 200
+    """Steps in which the rate rises linearly from zero."""
+    decay_fraction: float = 0.4
+    """Last part of the run in which the rate falls linearly to zero."""
+    adam_betas: tuple[float, float] = (0.9, 0.99)
+    """Decay of AdamW's first and second moments."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    ema_fraction: float = 0.05
+    """Half-life of the weight average, as a share of the images seen so far (EDM2's warm-up, arXiv:2312.02696)."""
+    ema_half_life: int = 500_000
+    """Upper bound of that half-life, in images."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+    log_every: int = 50
+    """Steps between two lines of metrics.jsonl."""
+    validate_every: int = 1000
+    """Steps between two measurements on held-out images."""
+    sample_every: int = 1000
+    """Steps between two picture grids."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = 1
+    """Newest checkpoints that are kept."""
+
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of optimizer step `step` (from 0): warm-up, plateau, linear decay; the same on any process."""
+        rise = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        fall = min(1.0, (self.max_steps - step) / max(1.0, self.decay_fraction * self.max_steps))
+        return self.learning_rate * min(rise, fall)
+
+
+@dataclass
+class AutoencoderConfig(OptimizationConfig):
+    """Stage 1: images to latents and back."""
+
+    pretrained: str | None = None
+    """A local folder or Hub id of an existing AutoencoderKL or AutoencoderDC: it is used instead of training."""
+    kind: Literal["AutoencoderKL", "AutoencoderDC"] = "AutoencoderKL"
+    """Class of the network. AutoencoderDC (arXiv:2410.10733) learns faster and has no posterior."""
+    widths: list[int] = field(default_factory=lambda: [64, 128])
+    """Channels by level. Every level after the first halves the resolution: [64, 128] downsamples by 2."""
+    blocks: list[int] = field(default_factory=lambda: [1, 1])
+    """Residual blocks by level. AutoencoderKL wants the same number everywhere; AutoencoderDC takes 0 as well."""
+    latent_channels: int = 4
+    """Channels of the latents."""
+    reconstruction_loss: Literal["l1", "l2"] = "l1"
+    """Pixel error, averaged over all elements."""
+    kl_weight: float = 1e-6
+    """Weight of the KL divergence in the convention of LDM (arXiv:2112.10752): both the KL and the pixel error
+    summed over an image. Internally both are means, and the weight is multiplied by latent / image elements.
+    AutoencoderDC has no posterior and ignores it."""
+    lpips_weight: float = 0.0
+    """Weight of the perceptual distance LPIPS (arXiv:1801.03924); needs the extra "lpips"."""
+    gan_weight: float = 0.0
+    """Weight of the PatchGAN loss, on top of the adaptive weight of VQGAN (arXiv:2012.09841, eq. 7)."""
+    gan_start: int = 5000
+    """Step at which the discriminator starts. A dip of PSNR there is normal."""
+    latent_noise: float = 0.0
+    """Deviation of noise added to the latents before decoding, relative to their own deviation."""
+    equivariance: float = 0.0
+    """Share of the steps of the second half in which latents and images are both halved in size before they are
+    compared: a scale-equivariant latent space is easier to diffuse (EQ-VAE, arXiv:2502.09509)."""
+
+
+@dataclass
+class LatentsConfig:
+    """Stage 2: the latents of every image and its mirror image."""
+
+    batch_size: int = 256
+    """Images encoded at once by one process."""
+    shard_size: int = 8192
+    """Images in one safetensors file."""
+    resident: Literal["auto", "device", "disk"] = "auto"
+    """Where training reads them: all on the device, or memory-mapped. auto: device if a quarter of it suffices."""
+
+
+@dataclass
+class DenoiserConfig(OptimizationConfig):
+    """Stage 3: the diffusion model of the latents."""
+
+    widths: list[int] = field(default_factory=lambda: [128, 256, 256])
+    """Channels of the U-Net by level. Every level after the first halves the resolution."""
+    layers_per_block: int = 2
+    """Residual blocks in a level."""
+    attention: list[bool] = field(default_factory=lambda: [False, True, True])
+    """Levels with self-attention."""
+    attention_head_dim: int = 64
+    """Channels of one attention head."""
+    norm_groups: int = 32
+    """Groups of the group normalisation; must divide every width."""
+    dropout: float = 0.0
+    """Dropout in the residual blocks."""
+    class_conditional: bool | None = None
+    """Whether labels are a condition. Unset: if the data set has them."""
+    label_dropout: float = 0.1
+    """Share of the images trained with the null class, for classifier-free guidance (arXiv:2207.12598)."""
+    prediction_type: Literal["epsilon", "v_prediction", "flow_prediction"] = "flow_prediction"
+    """What the network predicts: the noise, the velocity (arXiv:2202.00512) or the flow (arXiv:2209.03003)."""
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    """Noise schedule of epsilon and v_prediction; squaredcos_cap_v2 is the cosine schedule (arXiv:2102.09672)."""
+    zero_terminal_snr: bool = False
+    """Rescale that schedule so that its last step is pure noise (arXiv:2305.08891); not with epsilon."""
+    timestep_density: Literal["uniform", "logit_normal"] = "logit_normal"
+    """Density of the training timesteps; logit_normal is that of Stable Diffusion 3 (arXiv:2403.03206)."""
+    logit_mean: float = 0.0
+    """Mean of the logit-normal density; larger is noisier."""
+    logit_std: float = 1.0
+    """Deviation of the logit-normal density."""
+    loss_weight: Literal["none", "min_snr", "uncertainty"] = "none"
+    """Weight by timestep: none, min-SNR (arXiv:2303.09556), or learned uncertainty (EDM2, arXiv:2312.02696)."""
+    min_snr_gamma: float = 5.0
+    """Clamp of min-SNR."""
+    sample_steps: int = 20
+    """Network evaluations of a picture in the grids."""
+    guidance_scale: float = 1.5
+    """Guidance of the class-conditional grids; 1 is off."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Stage 4: figures and pictures of the finished model."""
+
+    num_images: int = 2000
+    """Held-out images for PSNR, SSIM and the validation loss, at most."""
+    batch_size: int = 100
+    """Images at once."""
+
+
+@dataclass
+class Config:
+    """Train a latent diffusion model: images in, a Diffusers pipeline out."""
+
+    output_dir: str | None = None
+    """Run folder. Default: runs/<name of the config file>."""
+    seed: int = 0
+    """Seed of everything random: weights, order, noise, pictures."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """Arithmetic of the networks; weights stay float32. auto: bf16 where the hardware multiplies it, else no."""
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    """Loggers beside metrics.jsonl; need the extra "trackers"."""
+    redo: list[Literal["autoencoder", "latents", "denoiser", "evaluation"]] = field(default_factory=list)
+    """Stages to do again from the start. What depends on them is done again too."""
+    dry_run: bool = False
+    """Scan the data, print the plan, draw what the network will see, and stop."""
+    data: DataConfig = field(default_factory=DataConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None):
+        """Say which known option an unknown one resembles, before the usual exit with code 2."""
+        known = [action.dest for action in self._actions]
+        for group, option in re.findall(r"(?:Group '([\w.]+)' does not accept option|--)[ ']*([\w.]+)", message):
+            name = f"{group}.{option}" if group else option
+            if name not in known and (near := difflib.get_close_matches(name, known, n=1, cutoff=0.5)):
+                message += f". {name} is unknown; did you mean {near[0]}?"
+        super().error(message, ex)
+
+
+def parse_config(argv: list[str] | None = None) -> Config:
+    """The checked configuration of the command line (by default the process's own).
+
+    Without `--config` it starts from `training/configs/cifar10.yaml`. Prints the resolved run and exits for
+    `--print_config`; exits with code 2 and a message for what is unknown or of a wrong type.
+
+    Raises:
+        ValueError: for values that cannot work together.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _Parser(description=Config.__doc__)
+    parser.add_argument("--config", action="config", help="YAML file of the run; later options override it.")
+    parser.add_class_arguments(Config)
+    if not any(argument.split("=")[0] == "--config" for argument in argv):
+        argv = ["--config", str(DEFAULT_CONFIG), *argv]
+    parsed = parser.parse_args(argv)
+    names = [Path(str(path)).stem for path in parsed.config]
+    parsed = parser.instantiate(parsed)
+    config = Config(**{f.name: getattr(parsed, f.name) for f in fields(Config)})
+    config.output_dir = config.output_dir or f"runs/{names[-1]}"
+    check_config(config)
+    return config
+
+
+def check_config(config: Config) -> None:
+    """Refuse what can be known to fail before anything is read.
+
+    Raises:
+        ValueError: with what was found, what is wanted and the option that changes it.
+    """
+    autoencoder, denoiser = config.autoencoder, config.denoiser
+    for name, stage in (("autoencoder", autoencoder), ("denoiser", denoiser)):
+        for key in ("batch_size", "gradient_accumulation_steps", "max_steps", "log_every", "validate_every",
+                    "sample_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(stage, key) < 1:
+                raise ValueError(f"--{name}.{key} {getattr(stage, key)}: want at least 1")
+        if stage.warmup_steps + stage.decay_fraction * stage.max_steps > stage.max_steps:
+            raise ValueError(
+                f"--{name}.warmup_steps {stage.warmup_steps} and the last {stage.decay_fraction:.0%} of decay "
+                f"(--{name}.decay_fraction) do not fit into --{name}.max_steps {stage.max_steps}"
+            )
+    if autoencoder.lpips_weight and find_spec("lpips") is None:
+        raise ValueError(
+            f"--autoencoder.lpips_weight {autoencoder.lpips_weight} needs the package lpips: "
+            'pip install "ldm-pipeline[lpips]", or set the weight to 0'
+        )
+    if denoiser.zero_terminal_snr and denoiser.prediction_type == "epsilon":
+        raise ValueError(
+            "--denoiser.zero_terminal_snr with --denoiser.prediction_type epsilon: at pure noise the noise says "
+            "nothing about the image; use v_prediction"
+        )
+    if denoiser.class_conditional is False and denoiser.guidance_scale != 1:
+        raise ValueError("--denoiser.guidance_scale needs classes: set it to 1, or --denoiser.class_conditional true")
+
+
+def objective_of(config: DenoiserConfig) -> dict:
+    """What the network will predict and on which noise path: the `objective` of an LDMPipeline."""
+    if config.prediction_type == "flow_prediction":
+        return {"prediction_type": "flow_prediction"}
+    beta_start, beta_end = (0.00085, 0.012) if config.beta_schedule == "scaled_linear" else (0.0001, 0.02)
+    return {
+        "prediction_type": config.prediction_type,
+        "num_train_timesteps": 1000,
+        "beta_schedule": config.beta_schedule,
+        "beta_start": beta_start,
+        "beta_end": beta_end,
+        "rescale_betas_zero_snr": config.zero_terminal_snr,
+    }
+
+
+def open_run(config: Config) -> Path:
+    """Create or reopen the run folder of `config`, forget the stages to redo, and store the configuration.
+
+    A continued run may change how long and how fast it trains; what else differs from the stored configuration is
+    refused where a stage already has results, since they would not be those of its configuration.
+
+    Raises:
+        ValueError: if the folder is not a run folder, or is one of another configuration.
+    """
+    run = Path(config.output_dir)
+    stored = run / "config.yaml"
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"--output_dir {run} is a file: choose a folder")
+    if run.is_dir() and any(run.iterdir()) and not stored.exists():
+        raise ValueError(f"{run} is not empty and not a run folder: choose another --output_dir")
+    stages = list(STAGES)
+    first_redone = min((stages.index(stage) for stage in config.redo), default=len(stages))
+    now = _stored(config)
+    if stored.exists():
+        kept = [stage for stage in stages[:first_redone] if (run / stage).exists()]
+        changes = dict(_differences(yaml.safe_load(stored.read_text()), now))
+        for key, (old, new) in changes.items():
+            print(f"configuration changed: {key}: {old} -> {new}")
+        if fatal := [key for key in changes if not _may_change(key, kept)]:
+            raise ValueError(
+                f"{run} holds results of another configuration ({', '.join(fatal)} changed): choose another "
+                f"--output_dir, set them back, or do these stages again: --redo '[{kept[0]}]'"
+            )
+    for result in [run / name for stage in stages[first_redone:] for name in STAGES[stage]]:
+        if result.is_dir():
+            shutil.rmtree(result)
+        else:
+            result.unlink(missing_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
+    atomic_write(stored, yaml.safe_dump(now, sort_keys=False).encode())
+    return run
+
+
+def _stored(config: Config) -> dict:
+    """What a run remembers: all but what concerns a single call, with tuples as the lists that YAML knows."""
+    tree = json.loads(json.dumps(asdict(config)))
+    return {key: value for key, value in tree.items() if key not in ("redo", "dry_run", "output_dir")}
+
+
+def _differences(old: dict, new: dict, prefix: str = ""):
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield prefix + key, (a, b)
+
+
+def _may_change(key: str, kept: list[str]) -> bool:
+    """Whether `key` may differ from the stored configuration when the stages `kept` have results."""
+    section, _, option = key.partition(".")
+    free = {f.name for f in fields(OptimizationConfig)} | {"num_workers", "resident"}
+    if section in ("data", "seed"):
+        return not kept or option in free
+    return not option or section not in kept or option in free

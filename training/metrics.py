@@ -1,0 +1,123 @@
+"""What is measured and drawn on the way and at the end; every process does its share."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from ldm_pipeline.pipeline import Condition, LDMPipeline
+from training.data import generator
+from training.latents import LatentSet, encode
+from training.objectives import denoising_errors, network_timesteps
+from training.report import save_grid
+from training.run import Run
+
+BINS = 8
+
+
+def psnr(reconstructions: Tensor, images: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio `(N,)` in dB of images `(N, C, H, W)` in [-1, 1]; reconstructions are clamped."""
+    error = (reconstructions.clamp(-1, 1) - images).square().mean((1, 2, 3))
+    return 10 * (4 / error.clamp(min=1e-10)).log10()
+
+
+def ssim(reconstructions: Tensor, images: Tensor) -> Tensor:
+    """Structural similarity `(N,)` of images `(N, C, H, W)` in [-1, 1] (Wang et al. 2004, Gaussian window of 11)."""
+    return structural_similarity_index_measure(
+        reconstructions.clamp(-1, 1), images, data_range=2.0, reduction="none"
+    ).view(-1)
+
+
+@contextmanager
+def inference(module: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout inside the `with` block."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(training)
+
+
+def measure_reconstruction(run: Run, autoencoder: nn.Module, limit: int, name: str) -> dict[str, float]:
+    """Mean PSNR (dB) and SSIM of the first `limit` held-out images, from the posterior mean; draws a grid `name`.
+
+    The grid shows 8 images a row, each above its reconstruction. Every process measures its share.
+    """
+    accelerator, images = run.accelerator, run.data.held_out
+    pairs = [(index, 0) for index in range(min(limit, len(images)))]
+    mine = pairs[accelerator.process_index :: accelerator.num_processes]
+    sums = torch.zeros(3, dtype=torch.float64, device=run.device if run.device.type != "mps" else "cpu")
+    with inference(autoencoder), accelerator.autocast():
+        for number, batch in enumerate(
+            DataLoader(images, sampler=mine, batch_size=run.config.evaluation.batch_size)
+        ):
+            pixels = batch["images"].to(run.device)
+            decoded = autoencoder.decode(encode(autoencoder, pixels)[0]).sample.float()
+            for i, values in enumerate((psnr(decoded, pixels), ssim(decoded, pixels), torch.ones(len(pixels)))):
+                sums[i] += values.double().sum()
+            if number == 0 and accelerator.is_main_process:
+                rows = [row for pair in zip(pixels.split(8), decoded.split(8), strict=True) for row in pair][:8]
+                save_grid(torch.cat(rows), run.folder / "samples" / name, columns=8)
+    sums = accelerator.reduce(sums, "sum")
+    return {"psnr": (sums[0] / sums[2]).item(), "ssim": (sums[1] / sums[2]).item()}
+
+
+def validation_loss(run: Run, unet: nn.Module, objective: dict, latents: LatentSet, limit: int) -> dict:
+    """Squared error of the prediction on the first `limit` held-out images, with noise and timesteps that never change.
+
+    Timesteps are uniform, whatever the training density: "val_loss" is the mean, "val_loss_by_timestep" the means of
+    8 equal bins, from clean to noisy. Every process measures its share.
+    """
+    accelerator, device = run.accelerator, run.device
+    count = min(limit, len(latents)) // BINS * BINS or len(latents)
+    draws = generator("cpu", run.config.seed, "validation")
+    noise, posterior_noise = (torch.randn(count, *latents.shape, generator=draws) for _ in range(2))
+    bins = torch.arange(count) % BINS
+    times = network_timesteps(objective["prediction_type"], (bins + torch.rand(count, generator=draws)) / BINS)
+    sums = torch.zeros(2, BINS, device=device)
+    batches = torch.arange(count).split(run.config.evaluation.batch_size)
+    with inference(unet), accelerator.autocast():
+        for indices in batches[accelerator.process_index :: accelerator.num_processes]:
+            clean = latents.batch(indices, torch.zeros_like(indices), posterior_noise[indices].to(device))
+            labels = latents.class_labels(indices) if unet.config.num_class_embeds else None
+            errors, _ = denoising_errors(
+                unet, objective, clean, noise[indices].to(device), times[indices].to(device), Condition(labels)
+            )
+            sums[0].index_add_(0, bins[indices].to(device), errors)
+            sums[1].index_add_(0, bins[indices].to(device), torch.ones_like(errors))
+    total, number = accelerator.reduce(sums, "sum").cpu()
+    return {
+        "val_loss": (total.sum() / number.sum()).item(),
+        "val_loss_by_timestep": [round(value, 5) for value in (total / number).tolist()],
+    }
+
+
+def draw_grid(run: Run, pipeline: LDMPipeline, name: str, rows: int = 4) -> None:
+    """Draw samples from noise that never changes into `samples/<name>`, one class a column; all processes draw.
+
+    Every image has a generator of its own, so the pictures do not depend on the number of processes.
+    """
+    accelerator, config = run.accelerator, run.config.denoiser
+    classes = (pipeline.unet.config.num_class_embeds or 1) - 1
+    columns = min(classes, 10) or 8
+    count = rows * columns
+    per_process = -(-count // accelerator.num_processes)
+    mine = [(accelerator.process_index * per_process + i) % count for i in range(per_process)]
+    labels = [index % columns * classes // columns for index in mine] if classes else None
+    pipeline.set_progress_bar_config(disable=True)
+    with inference(pipeline.unet), accelerator.autocast():
+        images = pipeline(
+            class_labels=labels,
+            num_inference_steps=config.sample_steps,
+            guidance_scale=config.guidance_scale if classes else 1.0,
+            generator=[generator(run.device, run.config.seed, "grid", index) for index in mine],
+            output_type="pt",
+        ).images
+    images = accelerator.gather(images)[:count]
+    if accelerator.is_main_process:
+        save_grid(images * 2 - 1, run.folder / "samples" / name, columns=columns)

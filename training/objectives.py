@@ -1,0 +1,103 @@
+"""The denoiser's objective: what is predicted, at which timesteps, and with which weight."""
+
+import torch
+from torch import Tensor, nn
+
+from ldm_pipeline.pipeline import Condition, alpha_sigma, denoise, prediction_target
+from training.config import DenoiserConfig, objective_of
+
+
+def draw_timesteps(config: DenoiserConfig, uniform: Tensor) -> Tensor:
+    """Training timesteps `(N,)` from uniform numbers `(N,)` in [0, 1), by the inverse of their cumulative density."""
+    if config.timestep_density == "logit_normal":
+        uniform = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(uniform))
+    return network_timesteps(config.prediction_type, uniform)
+
+
+def network_timesteps(prediction_type: str, time: Tensor) -> Tensor:
+    """Time in [0, 1], clean to noise, as the network knows it.
+
+    A flow has continuous time in [0, 1000]; epsilon and v have the integer indices 0 to 999 of their noise schedule.
+    """
+    return 1000 * time if prediction_type == "flow_prediction" else (1000 * time).long().clamp(max=999)
+
+
+def stratified(uniform: Tensor) -> Tensor:
+    """One of N equal strata of [0, 1) for each of N uniform numbers: less noise in the loss, the same density.
+
+    (Kingma et al., "Variational Diffusion Models", arXiv:2107.00630, appendix I.1.)
+    """
+    return (torch.arange(len(uniform), device=uniform.device) + uniform) / len(uniform)
+
+
+def min_snr_weight(prediction_type: str, alpha: Tensor, sigma: Tensor, gamma: float) -> Tensor:
+    """Weight `(N,)` of min-SNR (arXiv:2303.09556): min(SNR, gamma) on the error of the clean latents.
+
+    The error of the prediction becomes one of the clean latents by its derivative: sigma / alpha for epsilon,
+    sigma for v and for the flow.
+    """
+    to_clean = sigma / alpha if prediction_type == "epsilon" else sigma
+    snr = (alpha / sigma.clamp(min=1e-4)) ** 2
+    return snr.clamp(max=gamma) * to_clean**2
+
+
+class Uncertainty(nn.Module):
+    """Learned log-variance of the loss as a function of the timestep (EDM2, arXiv:2312.02696, eq. 21)."""
+
+    def __init__(self, channels: int = 128):
+        super().__init__()
+        self.register_buffer("frequencies", torch.linspace(0, 1, channels // 2) * channels / 2, persistent=False)
+        self.linear = nn.Linear(channels, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """Timesteps `(N,)` in [0, 1000] to log-variances `(N,)`."""
+        angles = timesteps.float()[:, None] / 1000 * self.frequencies * torch.pi
+        return self.linear(torch.cat([angles.cos(), angles.sin()], 1))[:, 0]
+
+
+def denoising_errors(
+    unet: nn.Module, objective: dict, clean: Tensor, noise: Tensor, timesteps: Tensor, condition: Condition
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Squared error of the prediction, a mean `(N,)` over each latent, and the path's (alpha, sigma), `(N,)` each.
+
+    Args:
+        objective: the `objective` of an LDMPipeline.
+        clean: normalised latents `(N, C, h, w)`.
+        noise: standard normal, like `clean`.
+        timesteps: `(N,)` in [0, 1000].
+    """
+    alpha, sigma = alpha_sigma(objective, timesteps)
+    noisy = alpha.view(-1, 1, 1, 1) * clean + sigma.view(-1, 1, 1, 1) * noise
+    prediction = denoise(unet, noisy, timesteps, condition).float()
+    target = prediction_target(objective["prediction_type"], clean, noise, alpha, sigma)
+    return (prediction - target).square().mean((1, 2, 3)), (alpha, sigma)
+
+
+class DenoisingLoss(nn.Module):
+    """The denoiser with its loss: the one module that is trained and wrapped for several processes.
+
+    Args:
+        unet: predicts what `config.prediction_type` says.
+        config: objective and weight.
+    """
+
+    def __init__(self, unet: nn.Module, config: DenoiserConfig):
+        super().__init__()
+        self.unet = unet
+        self.uncertainty = Uncertainty() if config.loss_weight == "uncertainty" else None
+        self.config = config
+        self.objective = objective_of(config)
+
+    def forward(self, clean: Tensor, noise: Tensor, timesteps: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """The loss to minimise `()` and the plain squared errors `(N,)`; arguments as in `denoising_errors`."""
+        errors, (alpha, sigma) = denoising_errors(self.unet, self.objective, clean, noise, timesteps, condition)
+        if self.config.loss_weight == "uncertainty":
+            log_variance = self.uncertainty(timesteps)
+            loss = errors / log_variance.exp() + log_variance
+        elif self.config.loss_weight == "min_snr":
+            loss = errors * min_snr_weight(self.config.prediction_type, alpha, sigma, self.config.min_snr_gamma)
+        else:
+            loss = errors
+        return loss.mean(), errors.detach()

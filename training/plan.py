@@ -1,0 +1,95 @@
+"""What a run will cost, measured with a step of each network before any training."""
+
+import time
+
+import torch
+from torch import nn
+
+from ldm_pipeline.pipeline import Condition
+from training.config import OptimizationConfig
+from training.data import batch_indices
+from training.ema import EMA
+from training.losses import AutoencoderLoss
+from training.networks import check_networks, latent_shape_of, new_autoencoder, new_denoiser
+from training.objectives import DenoisingLoss
+from training.report import save_grid
+from training.run import Run, build_optimizer
+
+GIB = 2**30
+
+
+def describe_plan(run: Run) -> str:
+    """Parameters, memory, steps, images and time of both networks, from a few timed steps on random latents."""
+    config = run.config
+    autoencoder, denoiser = check_networks(config, run.data, run.accelerator.num_processes)
+    shape = latent_shape_of(autoencoder, config)
+    lines = [f"latents: {shape[0]} channels of {shape[1]}x{shape[2]}"]
+    if not config.autoencoder.pretrained:
+        lines.append(_measure(run, "autoencoder", config.autoencoder, shape))
+    lines.append(_measure(run, "denoiser", config.denoiser, shape))
+    images = len(run.data.train) * (2 if config.data.horizontal_flip else 1)
+    lines.append(f"latent cache: {images * shape[0] * shape[1] * shape[2] * 4 / GIB:.2f} GiB on disk at most")
+    epochs = config.denoiser.max_steps * config.denoiser.batch_size / len(run.data.train)
+    if epochs > 400 and len(run.data.train) < 5000:
+        lines.append(f"warning: {len(run.data.train)} images, {epochs:.0f} epochs: expect copies of the training images")
+    return "\n".join(lines)
+
+
+def _measure(run: Run, name: str, config: OptimizationConfig, shape: tuple[int, int, int]) -> str:
+    part = config.batch_size // run.accelerator.num_processes // config.gradient_accumulation_steps
+    noise = torch.randn(part, *shape, device=run.device)
+    if name == "autoencoder":
+        module = AutoencoderLoss(new_autoencoder(run.config), config).to(run.device)
+        size = run.config.data.resolution
+        images = torch.randn(part, run.config.data.channels, size, size, device=run.device)
+        forward = lambda: module(images, noise)[0]["loss"]  # noqa: E731
+    else:
+        module = DenoisingLoss(new_denoiser(run.config, run.data, shape), config).to(run.device)
+        condition = Condition.null(module.unet, part, run.device)
+        times = torch.full((part,), 500, device=run.device)
+        forward = lambda: module(noise, noise, times, condition)[0]  # noqa: E731
+    seconds, activations = _time_step(run, module, config, forward)
+    parameters = sum(p.numel() for p in module.parameters())
+    # Weights, gradients, two moments and the average, 4 bytes each.
+    memory = (20 * parameters + activations) / GIB
+    total = seconds * config.gradient_accumulation_steps * config.max_steps
+    return (
+        f"{name}: {parameters / 1e6:.2f} M parameters, {memory:.2f} GiB a process, {config.max_steps} steps of "
+        f"{config.batch_size} images ({config.max_steps * config.batch_size:,}), "
+        f"{part * run.accelerator.num_processes / seconds:.0f} images/s, about {total / 60:.1f} minutes"
+    )
+
+
+def _time_step(run: Run, module: nn.Module, config: OptimizationConfig, forward) -> tuple[float, int]:
+    """Seconds of a training step, the second of two, and the bytes that its backward pass needs kept."""
+    optimizer = build_optimizer(config, module)
+    ema = EMA(module, config.ema_fraction, config.ema_half_life)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def step() -> float:
+        begun = time.perf_counter()
+        with run.accelerator.autocast():
+            loss = forward()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(config.batch_size, config.batch_size)
+        loss.item()  # waits for the device
+        return time.perf_counter() - begun
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return min(step() for _ in range(3)), sum(kept.values())
+
+
+def draw_data(run: Run) -> str:
+    """Draw the first images of the first epoch as the networks will see them; says where."""
+    path = run.folder / "samples" / "data.png"
+    if run.accelerator.is_main_process:
+        indices = batch_indices(run.config.seed, 0, min(64, len(run.data.train)), len(run.data.train))
+        save_grid(torch.stack([run.data.train[index, False]["images"] for index in indices.tolist()]), path, 8)
+    return f"what the networks will see: {path}"

@@ -1,0 +1,126 @@
+"""Stage 1: train the autoencoder, or take an existing one."""
+
+from contextlib import nullcontext
+
+import torch
+from torch.utils.data import DataLoader
+
+from ldm_pipeline.models import load_autoencoder
+from training.checkpoint import Checkpoints
+from training.data import StepSampler, generator, slice_of_batch
+from training.ema import EMA
+from training.losses import (
+    AutoencoderLoss,
+    PatchDiscriminator,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    perceptual_distance,
+)
+from training.metrics import measure_reconstruction
+from training.networks import latent_shape_of, new_autoencoder
+from training.run import Run, RunLog, build_optimizer, start
+
+
+def train_autoencoder(run: Run) -> None:
+    """Leave `autoencoder/` in the run folder: a stock Diffusers autoencoder with averaged weights."""
+    config, data, accelerator = run.config.autoencoder, run.config.data, run.accelerator
+    folder = run.folder / "autoencoder"
+    if (done := run.done("autoencoder")) and (config.pretrained or done["steps"] >= config.max_steps):
+        run.print(f"autoencoder: {folder} stands ({done['steps']} steps); --redo '[autoencoder]' trains it again")
+        return
+    if config.pretrained:
+        save_autoencoder(run, load_autoencoder(config.pretrained))
+        run.finish("autoencoder", {"pretrained": config.pretrained, "steps": 0, "seconds": 0.0})
+        return
+
+    # Networks, optimizers and what a checkpoint holds.
+    autoencoder = new_autoencoder(run.config).to(run.device)
+    discriminator = PatchDiscriminator(data.channels).to(run.device) if config.gan_weight else None
+    perceptual = perceptual_distance(config)
+    trained = AutoencoderLoss(autoencoder, config, None if perceptual is None else perceptual.to(run.device))
+    ema = EMA(autoencoder, config.ema_fraction, config.ema_half_life)
+    optimizer = build_optimizer(config, autoencoder)
+    states = {"autoencoder": autoencoder, "ema": ema, "optimizer": optimizer}
+    if discriminator is not None:
+        discriminator_optimizer = build_optimizer(config, discriminator)
+        states |= {"discriminator": discriminator, "discriminator_optimizer": discriminator_optimizer}
+    checkpoints = Checkpoints(folder, states, config.keep_checkpoints)
+    record = checkpoints.restore()
+    if config.compile:
+        trained.compile()
+    model = accelerator.prepare(trained)
+    judge = None if discriminator is None else accelerator.prepare(discriminator)
+
+    # The order of the images and all noise are functions of (seed, step), so a resumed run continues exactly.
+    seed, batch, parts = run.config.seed, config.batch_size, config.gradient_accumulation_steps
+    place = (accelerator.process_index, accelerator.num_processes, parts)
+    sampler = StepSampler(
+        len(run.data.train), batch, seed, record["step"], config.max_steps, data.horizontal_flip, *place
+    )
+    loader = iter(DataLoader(run.data.train, batch_sampler=sampler, num_workers=data.num_workers))
+    latent_shape = latent_shape_of(autoencoder, run.config)
+    log = RunLog(run, "autoencoder", config, record)
+
+    for step in range(record["step"], config.max_steps):
+        for each in (optimizer,) if discriminator is None else (optimizer, discriminator_optimizer):
+            each.param_groups[0]["lr"] = config.learning_rate_at(step)
+        draws = generator(run.device, seed, "autoencoder", step)
+        noise = torch.randn(batch, *latent_shape, generator=draws, device=run.device)
+        chance = torch.rand((), generator=generator("cpu", seed, "equivariance", step)).item()
+        halve = step >= config.max_steps // 2 and chance < config.equivariance
+        adversarial = discriminator is not None and step >= config.gan_start
+
+        for part in range(parts):
+            images = log.wait(next, loader)["images"].to(run.device, non_blocking=True)
+            share = slice_of_batch(batch, *place, part)
+            with nullcontext() if part == parts - 1 else accelerator.no_sync(model):
+                terms, target, reconstruction = model(images, noise[share], halve)
+                loss = terms["loss"]
+                if adversarial:
+                    with accelerator.autocast():
+                        fooled = generator_loss(discriminator, reconstruction)
+                    last = autoencoder.decoder.conv_out.weight
+                    terms["adversarial"] = fooled
+                    terms["adaptive_weight"] = adaptive_weight(loss, fooled, last)
+                    loss = loss + config.gan_weight * terms["adaptive_weight"] * fooled
+                accelerator.backward(loss / parts)
+            if adversarial:
+                with nullcontext() if part == parts - 1 else accelerator.no_sync(judge):
+                    logits = judge(torch.cat([target, reconstruction.detach()]))
+                    terms["discriminator"] = discriminator_loss(*logits.chunk(2))
+                    accelerator.backward(terms["discriminator"] / parts)
+            log.add({key: value / parts for key, value in terms.items()})
+        log.add({"grad_norm": accelerator.clip_grad_norm_(autoencoder.parameters(), config.max_grad_norm)})
+        optimizer.step()
+        optimizer.zero_grad()
+        if adversarial:
+            accelerator.clip_grad_norm_(discriminator.parameters(), config.max_grad_norm)
+            discriminator_optimizer.step()
+            discriminator_optimizer.zero_grad()
+        ema.update((step + 1) * batch, batch)
+
+        log.step_done(step + 1)
+
+        with log.paused():
+            if log.due(config.validate_every):
+                with ema.swapped():
+                    log.write(measure_reconstruction(run, autoencoder, 512, f"autoencoder-{step + 1:07d}.png"))
+            if log.due(config.checkpoint_every):
+                checkpoints.save(accelerator, step + 1, {"seconds": log.seconds})
+
+    log.close()
+    with ema.swapped():
+        save_autoencoder(run, autoencoder)
+    images = config.max_steps * batch
+    run.finish("autoencoder", {"steps": config.max_steps, "images": images, "seconds": log.seconds})
+
+
+def save_autoencoder(run: Run, autoencoder: torch.nn.Module) -> None:
+    """Write the finished autoencoder beside its checkpoints; `done.json`, written after it, makes it count."""
+    if run.accelerator.is_main_process:
+        autoencoder.save_pretrained(run.folder / "autoencoder", safe_serialization=True)
+
+
+if __name__ == "__main__":
+    train_autoencoder(start())

@@ -1,0 +1,153 @@
+"""Stage 3: train the denoiser on the latents."""
+
+import json
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from ldm_pipeline.models import build_scheduler, load_autoencoder
+from ldm_pipeline.pipeline import Condition, LDMPipeline
+from training.checkpoint import Checkpoints, move_into_place
+from training.data import batch_indices, generator, slice_of_batch
+from training.ema import EMA
+from training.latents import LatentSet
+from training.metrics import draw_grid, validation_loss
+from training.networks import new_denoiser
+from training.objectives import DenoisingLoss, draw_timesteps, stratified
+from training.run import Run, RunLog, build_optimizer, start
+
+
+def train_denoiser(run: Run) -> None:
+    """Leave `pipeline/` in the run folder: autoencoder, averaged denoiser and a sampler, loadable by anybody."""
+    config, accelerator, device = run.config.denoiser, run.accelerator, run.device
+    folder = run.folder / "denoiser"
+    key = json.loads((run.folder / "latents" / "manifest.json").read_text())["key"]
+    if _stands(run, key):
+        return
+
+    # Latents, networks, optimizer and what a checkpoint holds.
+    autoencoder = load_autoencoder(run.folder / "autoencoder").to(device).eval()
+    latents, held_out = (
+        LatentSet(run.folder / "latents", split, autoencoder, device, run.config.latents.resident)
+        for split in ("train", "held_out")
+    )
+    check_scale(run, latents)
+    trained = DenoisingLoss(new_denoiser(run.config, run.data, latents.shape), config).to(device)
+    unet = trained.unet
+    ema = EMA(unet, config.ema_fraction, config.ema_half_life)
+    optimizer = build_optimizer(config, trained)
+    checkpoints = Checkpoints(folder, {"model": trained, "ema": ema, "optimizer": optimizer}, config.keep_checkpoints)
+    record = checkpoints.restore()
+    if record.setdefault("latents", key) != key:
+        raise ValueError(f"{folder} was trained on other latents than there are now: --redo '[denoiser]'")
+    pipeline = LDMPipeline(
+        autoencoder, unet, build_scheduler(trained.objective), trained.objective, run.data.id2label
+    )
+    if config.compile:
+        unet.compile()
+    model = accelerator.prepare(trained)
+    place = (accelerator.process_index, accelerator.num_processes, config.gradient_accumulation_steps)
+    log = RunLog(run, "denoiser", config, record)
+
+    for step in range(record["step"], config.max_steps):
+        optimizer.param_groups[0]["lr"] = config.learning_rate_at(step)
+        batch = draw_batch(run, latents, step)
+        if config.dropout:
+            torch.manual_seed(generator("cpu", run.config.seed, "dropout", step, place[0]).initial_seed())
+        for part in range(place[2]):
+            share = slice_of_batch(config.batch_size, *place, part)
+            clean = latents.batch(*(batch[name][share] for name in ("indices", "flips", "posterior_noise")))
+            condition = condition_of(latents, unet, batch["indices"][share], batch["dropped"][share])
+            with nullcontext() if part == place[2] - 1 else accelerator.no_sync(model):
+                loss, errors = model(clean, batch["noise"][share], batch["timesteps"][share], condition)
+                accelerator.backward(loss / place[2])
+            log.add({"loss": loss / place[2], "error": errors.mean() / place[2]})
+        log.add({"grad_norm": accelerator.clip_grad_norm_(trained.parameters(), config.max_grad_norm)})
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update((step + 1) * config.batch_size, config.batch_size)
+        log.step_done(step + 1)
+
+        with log.paused():
+            if log.due(config.validate_every):
+                with ema.swapped():
+                    log.write(validation_loss(run, unet, trained.objective, held_out, limit=1024))
+            if log.due(config.sample_every):
+                draw_grid(run, pipeline, f"denoiser-{step + 1:07d}-raw.png")
+                with ema.swapped():
+                    draw_grid(run, pipeline, f"denoiser-{step + 1:07d}-ema.png")
+            if log.due(config.checkpoint_every):
+                checkpoints.save(accelerator, step + 1, {"seconds": log.seconds, "latents": key})
+
+    log.close()
+    with ema.swapped():
+        save_pipeline(run, pipeline)
+    images = config.max_steps * config.batch_size
+    run.finish("denoiser", {"steps": config.max_steps, "images": images, "seconds": log.seconds, "latents": key})
+
+
+def _stands(run: Run, key: dict) -> bool:
+    """Whether the result is there already; it must be one of the present latents."""
+    done = run.done("denoiser")
+    if not done or done["steps"] < run.config.denoiser.max_steps:
+        return False
+    if done["latents"] != key:
+        raise ValueError(f"{run.folder / 'denoiser'} was trained on other latents: --redo '[denoiser]'")
+    run.print(f"denoiser: {run.folder / 'pipeline'} stands ({done['steps']} steps); --redo '[denoiser]' trains it again")
+    return True
+
+
+def check_scale(run: Run, latents: LatentSet) -> None:
+    """Refuse latents that the autoencoder's statistics do not normalise: the denoiser would learn another noise level.
+
+    Raises:
+        ValueError: if the deviation of up to 2,048 images is not between 0.8 and 1.25.
+    """
+    indices = torch.randperm(len(latents), generator=generator("cpu", run.config.seed, "scale"))[:2048]
+    noise = torch.randn(len(indices), *latents.shape, generator=generator(run.device, 0, "scale"), device=run.device)
+    deviation = latents.batch(indices, torch.zeros_like(indices), noise).std().item()
+    if not 0.8 <= deviation <= 1.25:
+        raise ValueError(
+            f"the normalised latents have deviation {deviation:.3f}, wanted 0.8 to 1.25: latents_mean and latents_std "
+            f"in {run.folder / 'autoencoder' / 'config.json'} are not those of {run.folder / 'latents'}; measure them "
+            "again with --redo '[latents]'"
+        )
+    run.print(f"latents: normalised deviation {deviation:.3f}")
+
+
+def draw_batch(run: Run, latents: LatentSet, step: int) -> dict[str, Tensor]:
+    """Everything random of the global batch of `step`, a function of (seed, step); each process takes its slice."""
+    config, seed, size, device = run.config.denoiser, run.config.seed, run.config.denoiser.batch_size, run.device
+    draws = generator(device, seed, "denoiser", step)
+    uniform, dropped = (torch.rand(size, generator=draws, device=device) for _ in range(2))
+    posterior_noise, noise = (torch.randn(size, *latents.shape, generator=draws, device=device) for _ in range(2))
+    return {
+        "indices": batch_indices(seed, step, size, len(latents)),
+        "flips": torch.randint(2, (size,), generator=generator("cpu", seed, "flip", step)),
+        "timesteps": draw_timesteps(config, stratified(uniform)),
+        "dropped": dropped < config.label_dropout,
+        "posterior_noise": posterior_noise,
+        "noise": noise,
+    }
+
+
+def condition_of(latents: LatentSet, unet: nn.Module, indices: Tensor, dropped: Tensor) -> Condition:
+    """The condition `(N,)` of some images, with the null class where `dropped` `(N,)` is true."""
+    null = Condition.null(unet, len(indices), dropped.device)
+    if null.class_labels is None:
+        return null
+    return Condition(class_labels=latents.class_labels(indices)).drop(dropped, null)
+
+
+def save_pipeline(run: Run, pipeline: LDMPipeline) -> None:
+    """Write the pipeline folder whole, or not at all."""
+    if run.accelerator.is_main_process:
+        aside = run.folder / ".pipeline.tmp"
+        pipeline.save_pretrained(aside)
+        move_into_place(aside, run.folder / "pipeline")
+    run.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    train_denoiser(start())
