@@ -267,7 +267,8 @@ def network_point(objective: dict, alpha: float, sigma: float) -> tuple[float, f
     if is_flow(objective):
         tau = sigma / (alpha + sigma)
         return FLOW_TIME * tau, 1 - tau, tau
-    alpha2 = _schedule(objective).double().clamp(min=2**-24)  # the floor of Diffusers' own zero-SNR schedules
+    alpha2 = _schedule(objective).double()
+    alpha2 = alpha2.clamp(min=alpha2[alpha2 > 0].min() / 4)  # a last time without any signal has no logarithm
     log_snr = ((alpha2 / (1 - alpha2)).log() / 2).numpy()
     wanted = math.log(max(alpha, 1e-12)) - math.log(max(sigma, 1e-12))
     wanted = min(max(wanted, log_snr[-1]), log_snr[0])
@@ -479,8 +480,8 @@ class LDMPipeline(DiffusionPipeline):
         Raises:
             ValueError: what cannot be meant, before the first step; non-finite latents or images after it.
         """
-        self._check_options(output_type, callback_on_step_end_tensor_inputs)
         family, device = scheduler_family(self.scheduler), self._execution_device
+        self._check_options(output_type, callback_on_step_end_tensor_inputs)
         class_labels = _as_list(class_labels)
         batch_size, class_labels = _batch_size(batch_size, class_labels, generator, latents)
         condition = self._condition(class_labels, batch_size, guidance_scale)

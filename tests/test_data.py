@@ -20,17 +20,10 @@ from torch.utils.data import DataLoader
 
 from training import sources
 from training.config import DataConfig
-from training.data import (
-    Scan,
-    StepSampler,
-    batch_indices,
-    generator,
-    load_images,
-    scan,
-    slice_of_batch,
-    transform,
-)
+from training.data import load_images, transform
+from training.order import StepSampler, batch_indices, generator, slice_of_batch
 from training.report import save_grid
+from training.scan import Scan, scan
 
 GREYS = [0, 40, 80, 120, 160, 200]  # one image each; those of class "a" come first
 CLASSES = ["a", "a", "a", "b", "b", "b"]
@@ -341,10 +334,18 @@ def test_unreadable_files_are_reported_and_left_out(tmp_path, monkeypatch):
     text = found.describe()
     assert "5 images cannot be read" in text and str(root / "b_text.jpg") in text
     assert "images are below --data.resolution 32 and will be enlarged" in text and "expect copies" in text
-    data.keep_readable(found)
+    data.drop(found.unreadable)
     kept = [data.train.name_of(i) for i in range(len(data.train))]
     assert kept == [name for name in order if Path(name).name not in reasons]
     assert scan(data).unreadable == [] and scan(data).counts == found.counts
+
+
+def test_rows_without_an_image_are_reported(tmp_path):
+    table = pyarrow.table({"image": [*(encoded(picture(grey)) for grey in GREYS), None]})
+    pyarrow.parquet.write_table(table, tmp_path / "gap.parquet")
+    found = scan(load_images(DataConfig(dataset=str(tmp_path / "gap.parquet"), held_out=0.3)))
+    assert [entry["name"] for entry in found.unreadable] == ["train[6]"]
+    assert "no image" in found.unreadable[0]["reason"] and found.classes is None
 
 
 def test_a_data_set_without_a_readable_image_is_refused(tmp_path):

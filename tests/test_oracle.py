@@ -103,10 +103,10 @@ def test_crossing_the_flow_boundary_with_from_config_is_right():
     assert worst(oracle_pipeline(OBJECTIVES["epsilon"], back), STEPS) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"beta_schedule": "squaredcos_cap_v2"}, {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}],
-)
+ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+
+
+@pytest.mark.parametrize("options", [{"beta_schedule": "squaredcos_cap_v2"}, ZERO_SNR])
 def test_a_scheduler_with_other_betas_than_the_network(options):
     scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing", **options)
     assert worst(oracle_pipeline(OBJECTIVES["v"], scheduler), 200) < TOLERANCE

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ def encode_latents(run: Run) -> None:
     key = cache_key(run)
     if not _open_cache(run, folder, key):
         return
+    begun = time.perf_counter()
     autoencoder = load_autoencoder(run.folder / "autoencoder").to(run.device).eval()
     shards = {split: _encode_split(run, autoencoder, folder, split) for split in ("train", "held_out")}
     run.accelerator.wait_for_everyone()
@@ -39,7 +41,7 @@ def encode_latents(run: Run) -> None:
         atomic_write(run.folder / "autoencoder" / "config.json", autoencoder.to_json_string().encode())
         shape = load_file(folder / shards["train"][0])["mean"].shape[2:]
         write_json(folder / "manifest.json", {"key": key, "shape": list(shape), **shards})
-    run.accelerator.wait_for_everyone()
+    run.finish("latents", {"seconds": time.perf_counter() - begun})
 
 
 def cache_key(run: Run) -> dict:

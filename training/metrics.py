@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ldm_pipeline.pipeline import Condition, LDMPipeline
-from training.data import generator
 from training.latents import LatentSet, encode
 from training.objectives import denoising_errors, network_timesteps
+from training.order import generator
 from training.report import save_grid
 from training.run import Run
 

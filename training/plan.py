@@ -7,11 +7,11 @@ from torch import nn
 
 from ldm_pipeline.pipeline import Condition
 from training.config import OptimizationConfig
-from training.data import batch_indices
 from training.ema import EMA
 from training.losses import AutoencoderLoss
 from training.networks import check_networks, latent_shape_of, new_autoencoder, new_denoiser
 from training.objectives import DenoisingLoss
+from training.order import batch_indices
 from training.report import save_grid
 from training.run import Run, build_optimizer
 

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.checkpoint import atomic_write, write_json
-from training.config import Config, OptimizationConfig, open_run, parse_config
-from training.data import ImageData, Scan, load_images, scan
+from training.config import Config, OptimizationConfig, parse_config
+from training.data import ImageData, load_images
 from training.networks import check_networks
+from training.run_folder import open_run
+from training.scan import Scan, scan
 
 
 @dataclass
@@ -71,7 +73,7 @@ def start(argv: list[str] | None = None) -> Run:
             (folder / "samples").mkdir(exist_ok=True)
             found = _scan_once(config, data, folder)
         accelerator.print(found.describe(), flush=True)
-        data.keep_readable(found)
+        data.drop(found.unreadable)
         check_networks(config, data, accelerator.num_processes)
     except ValueError as error:
         sys.stdout.flush()

@@ -7,7 +7,6 @@ from torch.utils.data import DataLoader
 
 from ldm_pipeline.models import load_autoencoder
 from training.checkpoint import Checkpoints
-from training.data import StepSampler, generator, slice_of_batch
 from training.ema import EMA
 from training.losses import (
     AutoencoderLoss,
@@ -19,6 +18,7 @@ from training.losses import (
 )
 from training.metrics import measure_reconstruction
 from training.networks import latent_shape_of, new_autoencoder
+from training.order import StepSampler, generator, slice_of_batch
 from training.run import Run, RunLog, build_optimizer, start
 
 

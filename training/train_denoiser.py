@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from ldm_pipeline.models import build_scheduler, load_autoencoder
 from ldm_pipeline.pipeline import Condition, LDMPipeline
 from training.checkpoint import Checkpoints, move_into_place
-from training.data import batch_indices, generator, slice_of_batch
 from training.ema import EMA
 from training.latents import LatentSet
 from training.metrics import draw_grid, validation_loss
 from training.networks import new_denoiser
 from training.objectives import DenoisingLoss, draw_timesteps, stratified
+from training.order import batch_flips, batch_indices, generator, slice_of_batch
 from training.run import Run, RunLog, build_optimizer, start
 
 
@@ -124,7 +124,7 @@ def draw_batch(run: Run, latents: LatentSet, step: int) -> dict[str, Tensor]:
     posterior_noise, noise = (torch.randn(size, *latents.shape, generator=draws, device=device) for _ in range(2))
     return {
         "indices": batch_indices(seed, step, size, len(latents)),
-        "flips": torch.randint(2, (size,), generator=generator("cpu", seed, "flip", step)),
+        "flips": batch_flips(seed, step, size).long(),
         "timesteps": draw_timesteps(config, stratified(uniform)),
         "dropped": dropped < config.label_dropout,
         "posterior_noise": posterior_noise,

@@ -1,0 +1,187 @@
+"""What the package costs beyond the networks' own arithmetic, as ratios measured side by side in one process.
+
+    python benchmarks/overheads.py --config training/configs/cifar10_cpu.yaml
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ldm_pipeline import LDMPipeline, build_scheduler
+from ldm_pipeline.pipeline import Condition, denoise, denormalize_latents
+from training.checkpoint import write_json
+from training.config import parse_config
+from training.latents import LatentSet
+from training.networks import latent_shape_of, new_autoencoder, new_denoiser
+from training.objectives import DenoisingLoss
+from training.run import Run, build_optimizer, start
+from training.train_denoiser import train_denoiser
+
+IMAGES = 4096
+
+
+def side_by_side(rounds: int, **functions: Callable[[], object]) -> dict[str, float]:
+    """Median seconds of each function; they take turns, so that a slow moment of the machine meets all."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(rounds + 1):
+        for name, function in functions.items():
+            begun = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:  # the first is a warm-up
+                times[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def random_run(config_path: str, folder: Path, steps: int) -> Run:
+    """A run of the configuration's networks whose first stages are replaced by random latents with ten classes."""
+    size = parse_config(["--config", config_path]).data.resolution
+    data = ["--data.dataset=digits", "--data.channels=3", f"--data.resolution={size}", "--autoencoder.batch_size=1"]
+    never = [f"--denoiser.{key}=1000000000" for key in ("validate_every", "sample_every", "checkpoint_every")]
+    length = [f"--denoiser.max_steps={2 * steps}", f"--denoiser.log_every={steps}", "--denoiser.warmup_steps=1"]
+    run = start(["--config", config_path, f"--output_dir={folder}", *data, *never, *length])
+    autoencoder = new_autoencoder(run.config)
+    shape, channels = latent_shape_of(autoencoder, run.config), run.config.autoencoder.latent_channels
+    autoencoder.register_to_config(latents_mean=[0.0] * channels, latents_std=[1.0] * channels)
+    autoencoder.save_pretrained(folder / "autoencoder")
+    (folder / "latents").mkdir()
+    splits = {split: [f"{split}.safetensors"] for split in ("train", "held_out")}
+    for names in splits.values():
+        moments = {"mean": torch.randn(IMAGES, 2, *shape).half(), "class_labels": torch.arange(IMAGES) % 10}
+        save_file(moments, folder / "latents" / names[0])
+    write_json(folder / "latents" / "manifest.json", {"key": {}, "shape": list(shape), **splits})
+    return run
+
+
+def bare_step(run: Run, shape: tuple[int, ...], unet: torch.nn.Module) -> Callable[[], None]:
+    """Forward, backward and optimizer step on tensors that lie ready, and nothing else."""
+    config, device = run.config.denoiser, run.device
+    module = DenoisingLoss(unet, config).to(device)
+    optimizer = build_optimizer(config, module)
+    noise, times = torch.randn(config.batch_size, *shape, device=device), torch.rand(config.batch_size, device=device)
+    labels = Condition(class_labels=torch.arange(config.batch_size, device=device) % 10)
+
+    def step() -> None:
+        with run.accelerator.autocast():
+            loss, _ = module(noise, noise, times * 1000, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def loop_against_bare(run: Run, shape: tuple[int, ...], rounds: int) -> float:
+    """Seconds of a step of `train_denoiser`, with all it does, over those of the bare step; medians of their turns."""
+    steps = run.config.denoiser.log_every
+    bare = bare_step(run, shape, new_denoiser(run.config, run.data, shape))
+    bare()
+    ratios = []
+    for _ in range(rounds):
+        for result in ("denoiser", "pipeline"):
+            shutil.rmtree(run.folder / result, ignore_errors=True)
+        begun = time.perf_counter()
+        for _ in range(steps):
+            bare()
+        seconds = (time.perf_counter() - begun) / steps
+        train_denoiser(run)
+        lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        rate = [line["images_per_second"] for line in lines if "images_per_second" in line][-1]
+        ratios.append(run.config.denoiser.batch_size / rate / seconds)
+    return statistics.median(ratios)
+
+
+@torch.no_grad()
+def call_against_networks(run: Run, shape: tuple[int, ...], rounds: int, images: int = 16, steps: int = 10) -> float:
+    """Seconds of a pipeline call over those of its network evaluations and one decode."""
+    pipe = LDMPipeline.from_pretrained(run.folder / "pipeline").to(run.device)
+    pipe.scheduler = build_scheduler(pipe.config.objective)
+    pipe.set_progress_bar_config(disable=True)
+    noisy, times = torch.randn(2 * images, *shape, device=run.device), torch.full((2 * images,), 500.0)
+    condition = Condition(class_labels=torch.arange(2 * images, device=run.device) % 10)
+
+    def networks() -> None:
+        for _ in range(steps):
+            denoise(pipe.unet, noisy, times.to(run.device), condition)
+        pipe.vae.decode(denormalize_latents(pipe.vae, noisy[:images]))
+
+    labels = [index % 10 for index in range(images)]
+    call = lambda: pipe(labels, num_inference_steps=steps, guidance_scale=2.0, output_type="pt")  # noqa: E731
+    seconds = side_by_side(rounds, call=call, networks=networks)
+    return seconds["call"] / seconds["networks"]
+
+
+def bf16_against_float32(run: Run, shape: tuple[int, ...], rounds: int) -> float:
+    """Seconds of a bare step under bf16 autocast over those in float32."""
+    step = bare_step(run, shape, new_denoiser(run.config, run.data, shape))
+
+    def in_bf16() -> None:
+        with torch.autocast(run.device.type, torch.bfloat16):
+            step()
+
+    seconds = side_by_side(rounds, bf16=in_bf16, float32=step)
+    return seconds["bf16"] / seconds["float32"]
+
+
+def mapped_against_resident(run: Run, rounds: int) -> float:
+    """Seconds in which a batch of latents is read from mapped files over those from memory."""
+    pipe = LDMPipeline.from_pretrained(run.folder / "pipeline")
+    size = run.config.denoiser.batch_size
+    readers = {}
+    for where in ("disk", "device"):
+        latents = LatentSet(run.folder / "latents", "train", pipe.vae, run.device, where)
+        noise = torch.randn(size, *latents.shape, device=run.device)
+        indices, flips = torch.randint(IMAGES, (size,)), torch.randint(2, (size,))
+        readers[where] = lambda s=latents, n=noise, i=indices, f=flips: (s.batch(i, f, n), s.class_labels(i))
+    seconds = side_by_side(20 * rounds, **readers)
+    return seconds["disk"] / seconds["device"]
+
+
+def pixels_against_latents(run: Run, shape: tuple[int, ...], rounds: int) -> float:
+    """Seconds of a bare step on pixels over those on latents, for a U-Net of the same widths."""
+    data = run.config.data
+    pixels = (data.channels, data.resolution, data.resolution)
+    steps = {
+        name: bare_step(run, size, new_denoiser(run.config, run.data, size))
+        for name, size in (("pixels", pixels), ("latents", shape))
+    }
+    seconds = side_by_side(rounds, **steps)
+    return seconds["pixels"] / seconds["latents"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", default="training/configs/cifar10_cpu.yaml", help="whose networks are measured")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10, help="steps of the training loop that are timed at once")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run = random_run(options.config, Path(folder) / "run", options.steps)
+        shape = latent_shape_of(new_autoencoder(run.config), run.config)
+        ratios = {
+            "training step of the loop / bare forward, backward, optimizer step": loop_against_bare(
+                run, shape, options.rounds
+            ),
+            "pipeline call / its network evaluations and one decode": call_against_networks(
+                run, shape, options.rounds
+            ),
+            "step under bf16 autocast / float32": bf16_against_float32(run, shape, options.rounds),
+            "batch of memory-mapped / resident latents": mapped_against_resident(run, options.rounds),
+            "step on pixels / on latents, same U-Net widths": pixels_against_latents(run, shape, options.rounds),
+        }
+    print("| ratio of seconds | measured |\n|---|---|")
+    for name, ratio in ratios.items():
+        print(f"| {name} | {ratio:.3f} |")
+
+
+if __name__ == "__main__":
+    main()

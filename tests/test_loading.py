@@ -1,0 +1,143 @@
+"""The three ways to load a model, each in its own process, give the picture of the process that saved it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ldm_pipeline.pipeline import SOURCE
+from tests.test_pipeline import NAMES, generators, tiny_pipe
+
+ROOT = Path(__file__).parent.parent
+CALL = """
+picture = pipe(class_labels="dog", guidance_scale=2.0, num_inference_steps=3, output_type="np",
+               generator=[torch.Generator().manual_seed(5)]).images
+numpy.save("picture.npy", picture)
+"""
+INSTALLED = """
+import numpy, torch
+from ldm_pipeline import LDMPipeline
+pipe = LDMPipeline.from_pretrained(folder)
+"""
+# Neither the checkout nor an installed copy: the package cannot be imported here.
+WITHOUT_THE_PACKAGE = """
+import importlib.abc, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "ldm_pipeline":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+try:
+    import ldm_pipeline
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("the package is importable")
+import numpy, torch
+from diffusers import DiffusionPipeline
+"""
+HOSTED = WITHOUT_THE_PACKAGE + "pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)\n"
+STOCK = (
+    WITHOUT_THE_PACKAGE
+    + """
+from diffusers import AutoencoderKL, UNet2DModel, UniPCMultistepScheduler
+vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+unet = UNet2DModel.from_pretrained(folder, subfolder="unet")
+scheduler = UniPCMultistepScheduler.from_pretrained(folder, subfolder="scheduler")
+scheduler.set_timesteps(3)
+latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+label, null = torch.tensor([1]), torch.tensor([unet.config.num_class_embeds - 1])
+with torch.no_grad():
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas):
+        own, nothing = (unet(latents, 1000 * sigma, class_labels=c).sample for c in (label, null))
+        latents = scheduler.step(nothing + 2.0 * (own - nothing), t, latents).prev_sample
+    mean, std = (torch.tensor(vae.config[k]).view(1, -1, 1, 1) for k in ("latents_mean", "latents_std"))
+    images = vae.decode(latents * std + mean).sample
+numpy.save("picture.npy", (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A pipeline folder and the picture of the pipeline that wrote it."""
+    folder, pipe = tmp_path_factory.mktemp("model"), tiny_pipe()
+    pipe.save_pretrained(folder)
+    options = {"guidance_scale": 2.0, "num_inference_steps": 3, "output_type": "np"}
+    return folder, pipe(class_labels="dog", generator=generators(5), **options).images
+
+
+def run(script, folder, tmp_path, installed):
+    """Run a script outside the checkout with caches of its own; returns the finished process."""
+    caches = {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT) if installed else ""}
+    command = [sys.executable, *([] if installed else ["-I"]), "-c", f"folder = {str(folder)!r}\n{script}"]
+    environment = {**os.environ, **caches, **own}
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def picture(script, folder, tmp_path, installed=False):
+    finished = run(script, folder, tmp_path, installed)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return np.load(tmp_path / "picture.npy")
+
+
+def check_folder(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline", "LDMPipeline"]
+    assert index["id2label"] == {str(number): name for number, name in NAMES.items()}
+    assert (folder / "pipeline.py").read_bytes() == SOURCE
+    assert (ROOT / "ldm_pipeline" / "pipeline.py").read_bytes() == SOURCE
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".py", ".json", ".safetensors"}
+
+
+def test_what_is_saved(saved, tmp_path):
+    check_folder(saved[0])
+    with pytest.raises(ValueError, match="pickle"):
+        tiny_pipe().save_pretrained(tmp_path, safe_serialization=False)
+
+
+def test_with_the_package_and_without_trust(saved, tmp_path):
+    folder, expected = saved
+    assert np.array_equal(picture(INSTALLED + CALL, folder, tmp_path, installed=True), expected)
+
+
+def test_without_the_package_and_with_trust(saved, tmp_path):
+    folder, expected = saved
+    assert np.array_equal(picture(HOSTED + CALL, folder, tmp_path), expected)
+
+
+def test_stock_components_alone(saved, tmp_path):
+    folder, expected = saved
+    np.testing.assert_allclose(picture(STOCK, folder, tmp_path), expected, atol=1e-4)
+
+
+def test_without_trust_the_hosted_code_needs_the_package(saved, tmp_path):
+    script = WITHOUT_THE_PACKAGE + "DiffusionPipeline.from_pretrained(folder)"
+    finished = run(script, saved[0], tmp_path, installed=False)
+    assert finished.returncode != 0 and "trust_remote_code" in finished.stderr
+
+
+def test_saved_again_by_the_hosted_code_it_loads_everywhere(saved, tmp_path):
+    folder, expected = saved
+    again = tmp_path / "again"
+    save = f"pipe.save_pretrained({str(again)!r})\n"
+    assert np.array_equal(picture(HOSTED + save + CALL, folder, tmp_path), expected)
+    check_folder(again)
+    assert np.array_equal(picture(HOSTED + CALL, again, tmp_path), expected)
+    assert np.array_equal(picture(INSTALLED + CALL, again, tmp_path, installed=True), expected)
+
+
+def test_code_in_the_folder_is_not_run_by_the_installed_class(saved, tmp_path):
+    expected, folder = saved[1], tmp_path / "tampered"
+    tiny_pipe().save_pretrained(folder)
+    harm = tmp_path / "harm"
+    (folder / "pipeline.py").write_text(f"open({str(harm)!r}, 'w').close()\n" + SOURCE.decode())
+    assert np.array_equal(picture(INSTALLED + CALL, folder, tmp_path, installed=True), expected)
+    assert not harm.exists()
+    picture(HOSTED + CALL, folder, tmp_path)  # with trust it is: the trap itself works
+    assert harm.exists()
