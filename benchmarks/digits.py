@@ -1,6 +1,6 @@
 """Are drawn digits read as what they were drawn for, and do they differ from each other as real ones do?
 
-    python benchmarks/digits.py runs/digits/pipeline
+python benchmarks/digits.py runs/digits/pipeline
 """
 
 import argparse
@@ -29,16 +29,27 @@ def main():
     parser.add_argument("--guidance_scale", type=float, default=1.0)
     options = parser.parse_args()
     pipe = LDMPipeline.from_pretrained(options.pipeline)
-    drawn, labels = draw(pipe, options.count, options.num_inference_steps, options.guidance_scale, 250, seed=0)
+    drawn, labels = draw(
+        pipe, options.count, options.num_inference_steps, options.guidance_scale, 250, seed=0
+    )
     drawn = drawn.reshape(len(drawn), -1).astype(np.float32) / 255
-    data = load_images(DataConfig(dataset="digits", resolution=pipe.vae.config.get("sample_size", 16), channels=1))
+    data = load_images(
+        DataConfig(dataset="digits", resolution=pipe.vae.config.get("sample_size", 16), channels=1)
+    )
     splits = [data.train, data.held_out]
-    real = torch.cat([torch.stack([split[i, False]["images"] for i in range(len(split))]) for split in splits])
-    real, real_labels = (real.flatten(1).numpy() + 1) / 2, torch.cat([split.labels for split in splits]).numpy()
+    real = torch.cat(
+        [torch.stack([split[i, False]["images"] for i in range(len(split))]) for split in splits]
+    )
+    real, real_labels = (
+        (real.flatten(1).numpy() + 1) / 2,
+        torch.cat([split.labels for split in splits]).numpy(),
+    )
 
     held_out = len(data.held_out)
     classifier = SVC().fit(real[:-held_out], real_labels[:-held_out])
-    print(f"SVC on {held_out} held-out real digits: {classifier.score(real[-held_out:], real_labels[-held_out:]):.3f}")
+    print(
+        f"SVC on {held_out} held-out real digits: {classifier.score(real[-held_out:], real_labels[-held_out:]):.3f}"
+    )
     read = SVC().fit(real, real_labels).predict(drawn)
     print("| digit | read as drawn | distance / real distance |\n|---|---|---|")
     ratios = []

@@ -1,6 +1,6 @@
 """Draw class-balanced samples of a pipeline into an .npz of uint8 pictures, with their labels beside it.
 
-    python benchmarks/draw_samples.py runs/cifar10_cpu/pipeline --output samples.npz --guidance_scale 1.5
+python benchmarks/draw_samples.py runs/cifar10_cpu/pipeline --output samples.npz --guidance_scale 1.5
 """
 
 import argparse
@@ -26,7 +26,9 @@ def draw(pipe: LDMPipeline, count: int, steps: int, guidance_scale: float, batch
             class_labels=labels[chosen].tolist() if classes else None,
             num_inference_steps=steps,
             guidance_scale=guidance_scale if classes else 1.0,
-            generator=[torch.Generator(pipe.device).manual_seed(seed * 1_000_000 + index) for index in chosen],
+            generator=[
+                torch.Generator(pipe.device).manual_seed(seed * 1_000_000 + index) for index in chosen
+            ],
             output_type="np",
         ).images
         pictures.append((images * 255).round().astype(np.uint8))
@@ -47,7 +49,12 @@ def main():
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     begun = time.perf_counter()
     pictures, labels = draw(
-        pipe, options.count, options.num_inference_steps, options.guidance_scale, options.batch_size, options.seed
+        pipe,
+        options.count,
+        options.num_inference_steps,
+        options.guidance_scale,
+        options.batch_size,
+        options.seed,
     )
     np.savez(options.output, pictures)
     np.save(options.output.with_suffix(".labels.npy"), labels)

@@ -27,7 +27,9 @@ from training.metrics import psnr, ssim
 def load(split: ImageSplit, count: int) -> Tensor:
     """The first `count` images `(N, C, R, R)` in [-1, 1]."""
     chosen = range(min(count, len(split)))
-    return torch.stack([split[index, False]["images"] for index in tqdm(chosen, desc=split.name, mininterval=10)])
+    return torch.stack(
+        [split[index, False]["images"] for index in tqdm(chosen, desc=split.name, mininterval=10)]
+    )
 
 
 def patch_pca(images: Tensor, factor: int, channels: int) -> Callable[[Tensor], Tensor]:

@@ -1,6 +1,6 @@
 """What the package costs beyond the networks' own arithmetic, as ratios measured side by side in one process.
 
-    python benchmarks/overheads.py --config training/configs/cifar10_cpu.yaml
+python benchmarks/overheads.py --config training/configs/cifar10_cpu.yaml
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from ldm_pipeline import LDMPipeline, build_scheduler
-from ldm_pipeline.pipeline import Condition, denoise, denormalize_latents
+from ldm_pipeline.pipeline import Condition, denoise, denormalize_latents, set_latent_statistics
 from training.checkpoint import write_json
 from training.config import parse_config
 from training.latents import LatentSet
@@ -45,13 +45,22 @@ def side_by_side(rounds: int, **functions: Callable[[], object]) -> dict[str, fl
 def random_run(config_path: str, folder: Path, steps: int) -> Run:
     """A run of the configuration's networks whose first stages are replaced by random latents with ten classes."""
     size = parse_config(["--config", config_path]).data.resolution
-    data = ["--data.dataset=digits", "--data.channels=3", f"--data.resolution={size}", "--autoencoder.batch_size=1"]
+    data = [
+        "--data.dataset=digits",
+        "--data.channels=3",
+        f"--data.resolution={size}",
+        "--autoencoder.batch_size=1",
+    ]
     never = [f"--denoiser.{key}=1000000000" for key in ("validate_every", "sample_every", "checkpoint_every")]
-    length = [f"--denoiser.max_steps={2 * steps}", f"--denoiser.log_every={steps}", "--denoiser.warmup_steps=1"]
+    length = [
+        f"--denoiser.max_steps={2 * steps}",
+        f"--denoiser.log_every={steps}",
+        "--denoiser.warmup_steps=1",
+    ]
     run = start(["--config", config_path, f"--output_dir={folder}", *data, *never, *length])
     autoencoder = new_autoencoder(run.config)
     shape, channels = latent_shape_of(autoencoder, run.config), run.config.autoencoder.latent_channels
-    autoencoder.register_to_config(latents_mean=[0.0] * channels, latents_std=[1.0] * channels)
+    set_latent_statistics(autoencoder, [0.0] * channels, [1.0] * channels)
     autoencoder.save_pretrained(folder / "autoencoder")
     (folder / "latents").mkdir()
     splits = {split: [f"{split}.safetensors"] for split in ("train", "held_out")}
@@ -67,7 +76,10 @@ def bare_step(run: Run, shape: tuple[int, ...], unet: torch.nn.Module) -> Callab
     config, device = run.config.denoiser, run.device
     module = DenoisingLoss(unet, config).to(device)
     optimizer = build_optimizer(config, module)
-    noise, times = torch.randn(config.batch_size, *shape, device=device), torch.rand(config.batch_size, device=device)
+    noise, times = (
+        torch.randn(config.batch_size, *shape, device=device),
+        torch.rand(config.batch_size, device=device),
+    )
     labels = Condition(class_labels=torch.arange(config.batch_size, device=device) % 10)
 
     def step() -> None:
@@ -101,7 +113,9 @@ def loop_against_bare(run: Run, shape: tuple[int, ...], rounds: int) -> float:
 
 
 @torch.no_grad()
-def call_against_networks(run: Run, shape: tuple[int, ...], rounds: int, images: int = 16, steps: int = 10) -> float:
+def call_against_networks(
+    run: Run, shape: tuple[int, ...], rounds: int, images: int = 16, steps: int = 10
+) -> float:
     """Seconds of a pipeline call over those of its network evaluations and one decode."""
     pipe = LDMPipeline.from_pretrained(run.folder / "pipeline").to(run.device)
     pipe.scheduler = build_scheduler(pipe.config.objective)
@@ -160,9 +174,13 @@ def pixels_against_latents(run: Run, shape: tuple[int, ...], rounds: int) -> flo
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", default="training/configs/cifar10_cpu.yaml", help="whose networks are measured")
+    parser.add_argument(
+        "--config", default="training/configs/cifar10_cpu.yaml", help="whose networks are measured"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10, help="steps of the training loop that are timed at once")
+    parser.add_argument(
+        "--steps", type=int, default=10, help="steps of the training loop that are timed at once"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = random_run(options.config, Path(folder) / "run", options.steps)
@@ -176,7 +194,9 @@ def main():
             ),
             "step under bf16 autocast / float32": bf16_against_float32(run, shape, options.rounds),
             "batch of memory-mapped / resident latents": mapped_against_resident(run, options.rounds),
-            "step on pixels / on latents, same U-Net widths": pixels_against_latents(run, shape, options.rounds),
+            "step on pixels / on latents, same U-Net widths": pixels_against_latents(
+                run, shape, options.rounds
+            ),
         }
     print("| ratio of seconds | measured |\n|---|---|")
     for name, ratio in ratios.items():

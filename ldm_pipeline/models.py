@@ -108,17 +108,23 @@ def build_unet(
     size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
     halvings = 2 ** (len(widths) - 1)
     if any(side % halvings for side in size):
-        raise ValueError(f"latents of {size[0]}x{size[1]} cannot be halved {len(widths) - 1} times: use fewer "
-                         "denoiser.widths or another data.resolution")
+        raise ValueError(
+            f"latents of {size[0]}x{size[1]} cannot be halved {len(widths) - 1} times: use fewer "
+            "denoiser.widths or another data.resolution"
+        )
     if len(attention) != len(widths):
-        raise ValueError(f"denoiser.attention {attention} and denoiser.widths {list(widths)} must have one entry "
-                         "a level each")
+        raise ValueError(
+            f"denoiser.attention {attention} and denoiser.widths {list(widths)} must have one entry "
+            "a level each"
+        )
     if bad := [width for width in widths if width % norm_groups]:
         raise ValueError(f"denoiser.widths {bad} are no multiples of denoiser.norm_groups {norm_groups}")
     heads = [w for w, attend in zip(widths, attention, strict=True) if attend] + [widths[-1]]
     if bad := [width for width in heads if width % attention_head_dim]:
-        raise ValueError(f"denoiser.widths {bad} with attention are no multiples of denoiser.attention_head_dim "
-                         f"{attention_head_dim}")
+        raise ValueError(
+            f"denoiser.widths {bad} with attention are no multiples of denoiser.attention_head_dim "
+            f"{attention_head_dim}"
+        )
     return UNet2DModel(
         sample_size=sample_size,
         in_channels=latent_channels,
@@ -146,5 +152,7 @@ def build_scheduler(objective: dict) -> SchedulerMixin:
         objective: the `objective` of an LDMPipeline.
     """
     if objective["prediction_type"] == "flow_prediction":
-        return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=3)
+        return UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=3
+        )
     return DPMSolverMultistepScheduler(**objective, timestep_spacing="trailing")

@@ -14,11 +14,22 @@ TINY = ROOT / "training" / "configs" / "tiny.yaml"
 def launch(script: str, *options: str, processes: int = 1, config: Path = TINY, check: bool = True, cwd=None):
     """Run a training script as its users do, on the CPU, offline; returns the finished process with its output."""
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"),
+        *(
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+        ),
         *("--num_processes", str(processes), "--dynamo_backend", "no"),
         *(str(ROOT / "training" / script), "--config", str(config), *map(str, options)),
     ]
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment(), timeout=600)
+    finished = subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=environment(), timeout=600
+    )
     if check:
         assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-6000:]
     return finished

@@ -33,7 +33,9 @@ def test_the_average_moves_under_bf16_weights_and_swaps_in_a_scope():
     before = {name: value.clone() for name, value in ema.state_dict().items()}
     trained = {name: (p.data.add_(1.0)).clone() for name, p in module.named_parameters()}
     ema.update(100, 100)
-    assert all((ema.state_dict()[name] > before[name]).all() for name in before)  # a bf16 average would stand still
+    assert all(
+        (ema.state_dict()[name] > before[name]).all() for name in before
+    )  # a bf16 average would stand still
     with ema.swapped():
         assert not torch.equal(module.weight, trained["weight"])
     assert all(torch.equal(p, trained[name]) for name, p in module.named_parameters())
@@ -63,13 +65,17 @@ def test_cached_latents_equal_live_ones(cache):
     cached = latents.batch(indices, torch.zeros(4, dtype=torch.long), torch.zeros(4, *latents.shape))
     with torch.no_grad():
         live = encode(autoencoder, torch.stack([images[i, False]["images"] for i in indices.tolist()]))[0]
-    assert torch.allclose(denormalize_latents(autoencoder, cached), live, rtol=2e-3, atol=2e-3)  # float16 on disk
+    assert torch.allclose(
+        denormalize_latents(autoencoder, cached), live, rtol=2e-3, atol=2e-3
+    )  # float16 on disk
     assert torch.equal(latents.class_labels(indices), images.labels[indices])
 
 
 def test_mapped_latents_equal_resident_ones(cache):
     folder, autoencoder, images = cache
-    sets = [LatentSet(folder, "train", autoencoder, torch.device("cpu"), where) for where in ("device", "disk")]
+    sets = [
+        LatentSet(folder, "train", autoencoder, torch.device("cpu"), where) for where in ("device", "disk")
+    ]
     assert len(sets[0]) == len(sets[1]) == len(images)
     indices, noise = torch.randperm(len(images))[:32], torch.randn(32, *sets[0].shape)
     a, b = (latents.batch(indices, torch.ones(32, dtype=torch.long), noise) for latents in sets)
@@ -81,7 +87,9 @@ def test_statistics_are_those_of_posterior_samples_and_normalise(cache):
     shards = [folder / name for name in json.loads((folder / "manifest.json").read_text())["train"]]
     mean, std = channel_statistics(shards)
     moments = [load_file(shard) for shard in shards]
-    samples = torch.cat([m["mean"].float() + m["std"].float() * torch.randn(m["mean"].shape) for m in moments])
+    samples = torch.cat(
+        [m["mean"].float() + m["std"].float() * torch.randn(m["mean"].shape) for m in moments]
+    )
     assert torch.allclose(samples.mean((0, 1, 3, 4)), mean.float(), atol=0.02 * std.max().item())
     assert torch.allclose(samples.std((0, 1, 3, 4)), std.float(), rtol=0.02)
     assert autoencoder.config.latents_mean == mean.tolist() and autoencoder.config.latents_std == std.tolist()

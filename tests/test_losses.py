@@ -39,7 +39,11 @@ def moved(term, module) -> set[str]:
     """The parts of the module that the term has a gradient into."""
     names, parameters = zip(*module.named_parameters(), strict=True)
     gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-    return {name.split(".")[0] for name, g in zip(names, gradients, strict=True) if g is not None and g.abs().sum() > 0}
+    return {
+        name.split(".")[0]
+        for name, g in zip(names, gradients, strict=True)
+        if g is not None and g.abs().sum() > 0
+    }
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -97,7 +101,9 @@ def test_the_adversarial_terms_each_move_one_side():
     assert moved(judged, loss.autoencoder) == set() and len(moved(judged, discriminator)) > 3
     weight = adaptive_weight(terms["loss"], fooled, loss.autoencoder.decoder.conv_out.weight)
     last = loss.autoencoder.decoder.conv_out.weight
-    norms = [torch.autograd.grad(t, last, retain_graph=True)[0].norm() for t in (terms["loss"], weight * fooled)]
+    norms = [
+        torch.autograd.grad(t, last, retain_graph=True)[0].norm() for t in (terms["loss"], weight * fooled)
+    ]
     assert torch.isclose(norms[0], norms[1], rtol=0.01)
 
 

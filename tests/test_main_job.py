@@ -66,7 +66,9 @@ def test_the_printed_lines_draw_a_picture(tiny_run, tmp_path):
     printed = (tiny_run.parent / "stdout.txt").read_text()
     code = printed[printed.index("from ldm_pipeline") :]
     assert 'class_labels="7"' in code
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment(), capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment(), capture_output=True
+    )
     assert Image.open(tmp_path / "picture.png").size == (16, 16)
 
 
@@ -90,9 +92,18 @@ def test_another_configuration_is_refused_with_the_difference(tiny_run):
 def test_killed_and_started_again_it_ends_in_the_same_bits(tiny_run, tmp_path):
     """SIGKILL after a checkpoint of each trained stage; the same command goes on."""
     run = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "training" / "train_ldm.py"), "--config", str(TINY), "--output_dir", str(run)]
+    command = [
+        sys.executable,
+        str(ROOT / "training" / "train_ldm.py"),
+        "--config",
+        str(TINY),
+        "--output_dir",
+        str(run),
+    ]
     for stage in ("autoencoder", "denoiser"):
-        process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         deadline = time.monotonic() + 120
         while not list((run / stage).glob("checkpoint-*")) and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -123,7 +134,10 @@ def test_two_processes_train_what_one_does(tmp_path):
         (["--data.resolution", "18"], "--data.resolution 18 is no multiple of"),
         (["--denoiser.batch_size", "100000"], "--denoiser.batch_size"),
         (["--denoiser.norm_groups", "7"], "denoiser.norm_groups"),
-        (["--denoiser.zero_terminal_snr", "true", "--denoiser.prediction_type", "epsilon"], "zero_terminal_snr"),
+        (
+            ["--denoiser.zero_terminal_snr", "true", "--denoiser.prediction_type", "epsilon"],
+            "zero_terminal_snr",
+        ),
         (["--denoiser.max_stps", "4"], "denoiser.max_steps"),
         (["--autoencoder.lpips_weight", "1"], "ldm-pipeline[lpips]"),
         (["--autoencoder.pretrained", "no/such/autoencoder"], "--autoencoder.pretrained"),
@@ -141,14 +155,18 @@ def test_what_cannot_work_ends_at_once_with_the_option_to_change(options, messag
 def test_without_arguments_and_offline_it_names_the_option(tmp_path):
     command = [sys.executable, str(ROOT / "training" / "train_ldm.py")]
     began = time.monotonic()
-    refused = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=120)
+    refused = subprocess.run(
+        command, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=120
+    )
     assert refused.returncode == 2 and "--data.dataset 'uoft-cs/cifar10'" in refused.stderr
     assert time.monotonic() - began < 60
 
 
 def test_dry_run_plans_and_trains_nothing(tmp_path):
     printed = launch("train_ldm.py", "--output_dir", tmp_path / "run", "--dry_run", "true").stdout
-    assert re.search(r"denoiser: [\d.]+ M parameters, [\d.]+ GiB .* 12 steps of 16 images \(192\), .* minutes", printed)
+    assert re.search(
+        r"denoiser: [\d.]+ M parameters, [\d.]+ GiB .* 12 steps of 16 images \(192\), .* minutes", printed
+    )
     assert Image.open(tmp_path / "run" / "samples" / "data.png").size[0] > 300
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
@@ -166,4 +184,7 @@ def test_stages_run_alone_and_a_new_autoencoder_makes_new_latents(tmp_path):
     launch("encode_latents.py", *options)
     longer = ("--output_dir", tmp_path, "--autoencoder.max_steps", "6")
     assert "autoencoder.max_steps: 4 -> 6" in launch("train_autoencoder.py", *longer).stdout
-    assert "encoded again, because these changed: autoencoder weights" in launch("encode_latents.py", *longer).stdout
+    assert (
+        "encoded again, because these changed: autoencoder weights"
+        in launch("encode_latents.py", *longer).stdout
+    )

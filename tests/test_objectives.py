@@ -30,7 +30,9 @@ class Knowing(nn.Module):
 def test_a_denoiser_that_knows_the_image_has_no_error(prediction_type):
     objective = objective_of(DenoiserConfig(prediction_type=prediction_type))
     clean, noise = torch.randn(2, 64, 2, 4, 4)
-    timesteps = draw_timesteps(DenoiserConfig(prediction_type=prediction_type), stratified(torch.rand(64)) * 0.9 + 0.05)
+    timesteps = draw_timesteps(
+        DenoiserConfig(prediction_type=prediction_type), stratified(torch.rand(64)) * 0.9 + 0.05
+    )
     errors, _ = denoising_errors(
         Knowing(prediction_type, objective, clean), objective, clean, noise, timesteps, Condition()
     )
@@ -39,7 +41,9 @@ def test_a_denoiser_that_knows_the_image_has_no_error(prediction_type):
 
 def test_logit_normal_timesteps_have_their_mean_and_deviation():
     config = DenoiserConfig(logit_mean=-0.4, logit_std=1.2)
-    logits = torch.logit(draw_timesteps(config, torch.rand(100_000, generator=torch.Generator().manual_seed(0))) / 1000)
+    logits = torch.logit(
+        draw_timesteps(config, torch.rand(100_000, generator=torch.Generator().manual_seed(0))) / 1000
+    )
     assert abs(logits.mean() + 0.4) < 0.02 and abs(logits.std() - 1.2) < 0.02
 
 
@@ -62,7 +66,9 @@ def test_min_snr_weighs_the_error_of_the_clean_latents_alike_under_every_predict
 
 def test_learned_uncertainty_finds_the_log_of_the_loss():
     """At the minimum of loss / exp(u) + u, u is the log of the mean loss (EDM2, section 2.4)."""
-    loss = DenoisingLoss(build_unet(4, 2, [8], norm_groups=4, attention_head_dim=8), DenoiserConfig(loss_weight="uncertainty"))
+    loss = DenoisingLoss(
+        build_unet(4, 2, [8], norm_groups=4, attention_head_dim=8), DenoiserConfig(loss_weight="uncertainty")
+    )
     optimizer = torch.optim.Adam(loss.uncertainty.parameters(), lr=0.03)
     timesteps = torch.linspace(0, 1000, 64)
     errors = 0.1 + timesteps / 1000
@@ -85,7 +91,9 @@ def test_every_parameter_gets_a_gradient(prediction_type, weight):
     labels = Condition(class_labels=torch.tensor([0, 1, 2, 3] * 2))
     loss, _ = trained(torch.randn(8, 2, 4, 4), torch.randn(8, 2, 4, 4), timesteps, labels)
     loss.backward()
-    assert [name for name, p in trained.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    assert [
+        name for name, p in trained.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ] == []
 
 
 def test_dropped_labels_are_the_null_class_k():
@@ -94,4 +102,3 @@ def test_dropped_labels_are_the_null_class_k():
     condition = Condition(class_labels=torch.tensor([0, 5, 9])).drop(dropped, Condition.null(unet, 3))
     assert condition.class_labels.tolist() == [10, 5, 10]
     assert unet.class_embedding.weight.shape[0] == 11
-

@@ -28,8 +28,12 @@ def imports(path: Path) -> set[str]:
 
 def test_imports_point_from_scripts_to_helpers_to_the_package():
     for path in (ROOT / "ldm_pipeline").glob("*.py"):
-        assert not [name for name in imports(path) if name.split(".")[0] in ("training", "benchmarks", "tests")], path
-    assert not [n for n in imports(ROOT / "ldm_pipeline" / "pipeline.py") if n.startswith((".", "ldm_pipeline"))]
+        assert not [
+            name for name in imports(path) if name.split(".")[0] in ("training", "benchmarks", "tests")
+        ], path
+    assert not [
+        n for n in imports(ROOT / "ldm_pipeline" / "pipeline.py") if n.startswith((".", "ldm_pipeline"))
+    ]
     for path in (ROOT / "training").glob("*.py"):
         if path.stem != "train_ldm":
             assert not [n for n in imports(path) if n.removeprefix("training.") in SCRIPTS], path
@@ -38,7 +42,9 @@ def test_imports_point_from_scripts_to_helpers_to_the_package():
 def test_no_module_hides_a_dependency():
     installed = {name for d in distributions() for name in (d.read_text("top_level.txt") or "").split()}
     own = {path.stem for path in (ROOT / "training").glob("*.py")} - {"__init__"}
-    assert not own & (installed | {"datasets", "evaluate", "torch", "diffusers", "accelerate"} | sys.stdlib_module_names)
+    assert not own & (
+        installed | {"datasets", "evaluate", "torch", "diffusers", "accelerate"} | sys.stdlib_module_names
+    )
 
 
 def test_the_wheel_carries_the_package_alone(tmp_path):
@@ -50,7 +56,9 @@ def test_the_wheel_carries_the_package_alone(tmp_path):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"ldm_pipeline"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "training" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "training" / "configs").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_configuration_is_valid(path):
     assert parse_config(["--config", str(path)]).output_dir == f"runs/{path.stem}"
 

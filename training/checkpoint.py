@@ -84,7 +84,9 @@ class Checkpoints:
             if isinstance(state, torch.optim.Optimizer):
                 torch.save(state.state_dict(), aside / f"{name}.pt")
             else:
-                tensors = {key: value.detach().cpu().contiguous() for key, value in state.state_dict().items()}
+                tensors = {
+                    key: value.detach().cpu().contiguous() for key, value in state.state_dict().items()
+                }
                 save_file(tensors, aside / f"{name}.safetensors")
         write_json(aside / "state.json", {"step": step, **record})
         move_into_place(aside, target)
@@ -98,7 +100,9 @@ class Checkpoints:
             return {"step": 0}
         for name, state in self.states.items():
             if isinstance(state, torch.optim.Optimizer):
-                state.load_state_dict(torch.load(found[-1] / f"{name}.pt", weights_only=True, map_location="cpu"))
+                state.load_state_dict(
+                    torch.load(found[-1] / f"{name}.pt", weights_only=True, map_location="cpu")
+                )
             else:
                 state.load_state_dict(load_file(found[-1] / f"{name}.safetensors"))
         return json.loads((found[-1] / "state.json").read_text())

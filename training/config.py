@@ -216,7 +216,9 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None):
         """Say which known option an unknown one resembles, before the usual exit with code 2."""
         known = [action.dest for action in self._actions]
-        for group, option in re.findall(r"(?:Group '([\w.]+)' does not accept option|--)[ ']*([\w.]+)", message):
+        for group, option in re.findall(
+            r"(?:Group '([\w.]+)' does not accept option|--)[ ']*([\w.]+)", message
+        ):
             name = f"{group}.{option}" if group else option
             if name not in known and (near := difflib.get_close_matches(name, known, n=1, cutoff=0.5)):
                 message += f". {name} is unknown; did you mean {near[0]}?"
@@ -255,8 +257,16 @@ def check_config(config: Config) -> None:
     """
     autoencoder, denoiser = config.autoencoder, config.denoiser
     for name, stage in (("autoencoder", autoencoder), ("denoiser", denoiser)):
-        for key in ("batch_size", "gradient_accumulation_steps", "max_steps", "log_every", "validate_every",
-                    "sample_every", "checkpoint_every", "keep_checkpoints"):
+        for key in (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "max_steps",
+            "log_every",
+            "validate_every",
+            "sample_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
             if getattr(stage, key) < 1:
                 raise ValueError(f"--{name}.{key} {getattr(stage, key)}: want at least 1")
         if stage.warmup_steps + stage.decay_fraction * stage.max_steps > stage.max_steps:
@@ -275,7 +285,9 @@ def check_config(config: Config) -> None:
             "nothing about the image; use v_prediction"
         )
     if denoiser.class_conditional is False and denoiser.guidance_scale != 1:
-        raise ValueError("--denoiser.guidance_scale needs classes: set it to 1, or --denoiser.class_conditional true")
+        raise ValueError(
+            "--denoiser.guidance_scale needs classes: set it to 1, or --denoiser.class_conditional true"
+        )
 
 
 def objective_of(config: DenoiserConfig) -> dict:

@@ -197,7 +197,7 @@ def transform(picture: Image.Image, resolution: int, channels: int, flip: bool) 
     else:
         size = (resolution, resolution)
         picture = picture.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
-    pixels = np.asarray(picture).reshape(resolution, resolution, channels).transpose(2, 0, 1)      # (C, R, R)
+    pixels = np.asarray(picture).reshape(resolution, resolution, channels).transpose(2, 0, 1)  # (C, R, R)
     pixels = (pixels[..., ::-1] if flip else pixels).astype(np.float32, order="C")
     return torch.from_numpy(pixels / np.float32(127.5) - np.float32(1))
 

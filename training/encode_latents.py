@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm_pipeline.models import load_autoencoder
+from ldm_pipeline.pipeline import set_latent_statistics
 from training.checkpoint import atomic_write, file_sha256, write_json
 from training.latents import encode
 from training.run import Run, start
@@ -37,7 +38,7 @@ def encode_latents(run: Run) -> None:
                 f"a latent channel is dead or has exploded (deviations {_short(std)}): the autoencoder's training "
                 "failed; see samples/ and metrics.jsonl, and do it again with --redo '[autoencoder]'"
             )
-        autoencoder.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+        set_latent_statistics(autoencoder, mean.tolist(), std.tolist())
         atomic_write(run.folder / "autoencoder" / "config.json", autoencoder.to_json_string().encode())
         shape = load_file(folder / shards["train"][0])["mean"].shape[2:]
         write_json(folder / "manifest.json", {"key": key, "shape": list(shape), **shards})
@@ -77,8 +78,12 @@ def _encode_split(run: Run, autoencoder: torch.nn.Module, folder: Path, split: s
     images, size = getattr(run.data, split), run.config.latents.shard_size
     firsts = range(0, len(images), size)
     names = [f"{split}-{first // size:05d}.safetensors" for first in firsts]
-    mine = list(zip(firsts, names, strict=True))[run.accelerator.process_index :: run.accelerator.num_processes]
-    for first, name in tqdm(mine, desc=f"latents {split}", unit="shard", disable=not run.accelerator.is_main_process):
+    mine = list(zip(firsts, names, strict=True))[
+        run.accelerator.process_index :: run.accelerator.num_processes
+    ]
+    for first, name in tqdm(
+        mine, desc=f"latents {split}", unit="shard", disable=not run.accelerator.is_main_process
+    ):
         if not (folder / name).exists():
             indices = range(first, min(first + size, len(images)))
             aside = folder / f".{name}.tmp"

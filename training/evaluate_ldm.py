@@ -27,14 +27,18 @@ def evaluate(run: Run) -> None:
     pipeline = LDMPipeline.from_pretrained(run.folder / "pipeline").to(run.device)
     limit = run.config.evaluation.num_images
     reconstruction = measure_reconstruction(run, pipeline.vae, limit, "reconstructions.png")
-    held_out = LatentSet(run.folder / "latents", "held_out", pipeline.vae, run.device, run.config.latents.resident)
+    held_out = LatentSet(
+        run.folder / "latents", "held_out", pipeline.vae, run.device, run.config.latents.resident
+    )
     loss = validation_loss(run, pipeline.unet, pipeline.config.objective, held_out, limit)
     draw_grid(run, pipeline, "samples.png", rows=8)
     figures = {
         **reconstruction,
         **loss,
         "held_out_images": min(limit, len(held_out)),
-        "seconds": {stage: (run.done(stage) or {}).get("seconds") for stage in ("autoencoder", "latents", "denoiser")},
+        "seconds": {
+            stage: (run.done(stage) or {}).get("seconds") for stage in ("autoencoder", "latents", "denoiser")
+        },
         "parameters": {name: count_parameters(getattr(pipeline, name)) for name in ("vae", "unet")},
         "seed": run.config.seed,
         "hardware": hardware(run),

@@ -27,13 +27,17 @@ class AutoencoderLoss(nn.Module):
             on to the reconstruction.
     """
 
-    def __init__(self, autoencoder: nn.Module, config: AutoencoderConfig, perceptual: nn.Module | None = None):
+    def __init__(
+        self, autoencoder: nn.Module, config: AutoencoderConfig, perceptual: nn.Module | None = None
+    ):
         super().__init__()
         self.autoencoder = autoencoder
         self.config = config
         self.perceptual = perceptual
 
-    def forward(self, images: Tensor, noise: Tensor, halve: bool = False) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, noise: Tensor, halve: bool = False
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Loss terms, the images compared with, and their reconstructions.
 
         Args:

@@ -58,10 +58,14 @@ def measure_reconstruction(run: Run, autoencoder: nn.Module, limit: int, name: s
         ):
             pixels = batch["images"].to(run.device)
             decoded = autoencoder.decode(encode(autoencoder, pixels)[0]).sample.float()
-            for i, values in enumerate((psnr(decoded, pixels), ssim(decoded, pixels), torch.ones(len(pixels)))):
+            for i, values in enumerate(
+                (psnr(decoded, pixels), ssim(decoded, pixels), torch.ones(len(pixels)))
+            ):
                 sums[i] += values.double().sum()
             if number == 0 and accelerator.is_main_process:
-                rows = [row for pair in zip(pixels.split(8), decoded.split(8), strict=True) for row in pair][:8]
+                rows = [row for pair in zip(pixels.split(8), decoded.split(8), strict=True) for row in pair][
+                    :8
+                ]
                 save_grid(torch.cat(rows), run.folder / "samples" / name, columns=8)
     sums = accelerator.reduce(sums, "sum")
     return {"psnr": (sums[0] / sums[2]).item(), "ssim": (sums[1] / sums[2]).item()}
@@ -78,7 +82,9 @@ def validation_loss(run: Run, unet: nn.Module, objective: dict, latents: LatentS
     draws = generator("cpu", run.config.seed, "validation")
     noise, posterior_noise = (torch.randn(count, *latents.shape, generator=draws) for _ in range(2))
     bins = torch.arange(count) % BINS
-    times = network_timesteps(objective["prediction_type"], (bins + torch.rand(count, generator=draws)) / BINS)
+    times = network_timesteps(
+        objective["prediction_type"], (bins + torch.rand(count, generator=draws)) / BINS
+    )
     sums = torch.zeros(2, BINS, device=device)
     batches = torch.arange(count).split(run.config.evaluation.batch_size)
     with inference(unet), accelerator.autocast():
@@ -86,7 +92,12 @@ def validation_loss(run: Run, unet: nn.Module, objective: dict, latents: LatentS
             clean = latents.batch(indices, torch.zeros_like(indices), posterior_noise[indices].to(device))
             labels = latents.class_labels(indices) if unet.config.num_class_embeds else None
             errors, _ = denoising_errors(
-                unet, objective, clean, noise[indices].to(device), times[indices].to(device), Condition(labels)
+                unet,
+                objective,
+                clean,
+                noise[indices].to(device),
+                times[indices].to(device),
+                Condition(labels),
             )
             sums[0].index_add_(0, bins[indices].to(device), errors)
             sums[1].index_add_(0, bins[indices].to(device), torch.ones_like(errors))

@@ -35,7 +35,9 @@ def new_denoiser(config: Config, data: ImageData, latent_shape: tuple[int, int, 
     )
 
 
-def check_networks(config: Config, data: ImageData, num_processes: int) -> tuple[torch.nn.Module, UNet2DModel]:
+def check_networks(
+    config: Config, data: ImageData, num_processes: int
+) -> tuple[torch.nn.Module, UNet2DModel]:
     """Build both networks without memory, so that what does not fit is found before the first step.
 
     Returns:
@@ -56,7 +58,9 @@ def check_networks(config: Config, data: ImageData, num_processes: int) -> tuple
             raise ValueError(f"--{name}.batch_size {stage.batch_size} is no multiple of {num_processes} processes x "
                              f"--{name}.gradient_accumulation_steps {stage.gradient_accumulation_steps}")  # fmt: skip
         if stage.batch_size > count:
-            raise ValueError(f"--{name}.batch_size {stage.batch_size} is more than the {count} training images")
+            raise ValueError(
+                f"--{name}.batch_size {stage.batch_size} is more than the {count} training images"
+            )
     with torch.device("meta"):
         autoencoder = _existing(config) if config.autoencoder.pretrained else new_autoencoder(config)
     shape = latent_shape_of(autoencoder, config)

@@ -46,7 +46,9 @@ class Uncertainty(nn.Module):
 
     def __init__(self, channels: int = 128):
         super().__init__()
-        self.register_buffer("frequencies", torch.linspace(0, 1, channels // 2) * channels / 2, persistent=False)
+        self.register_buffer(
+            "frequencies", torch.linspace(0, 1, channels // 2) * channels / 2, persistent=False
+        )
         self.linear = nn.Linear(channels, 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -90,14 +92,20 @@ class DenoisingLoss(nn.Module):
         self.config = config
         self.objective = objective_of(config)
 
-    def forward(self, clean: Tensor, noise: Tensor, timesteps: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, clean: Tensor, noise: Tensor, timesteps: Tensor, condition: Condition
+    ) -> tuple[Tensor, Tensor]:
         """The loss to minimise `()` and the plain squared errors `(N,)`; arguments as in `denoising_errors`."""
-        errors, (alpha, sigma) = denoising_errors(self.unet, self.objective, clean, noise, timesteps, condition)
+        errors, (alpha, sigma) = denoising_errors(
+            self.unet, self.objective, clean, noise, timesteps, condition
+        )
         if self.config.loss_weight == "uncertainty":
             log_variance = self.uncertainty(timesteps)
             loss = errors / log_variance.exp() + log_variance
         elif self.config.loss_weight == "min_snr":
-            loss = errors * min_snr_weight(self.config.prediction_type, alpha, sigma, self.config.min_snr_gamma)
+            loss = errors * min_snr_weight(
+                self.config.prediction_type, alpha, sigma, self.config.min_snr_gamma
+            )
         else:
             loss = errors
         return loss.mean(), errors.detach()

@@ -31,7 +31,9 @@ def describe_plan(run: Run) -> str:
     lines.append(f"latent cache: {images * shape[0] * shape[1] * shape[2] * 4 / GIB:.2f} GiB on disk at most")
     epochs = config.denoiser.max_steps * config.denoiser.batch_size / len(run.data.train)
     if epochs > 400 and len(run.data.train) < 5000:
-        lines.append(f"warning: {len(run.data.train)} images, {epochs:.0f} epochs: expect copies of the training images")
+        lines.append(
+            f"warning: {len(run.data.train)} images, {epochs:.0f} epochs: expect copies of the training images"
+        )
     return "\n".join(lines)
 
 
@@ -91,5 +93,7 @@ def draw_data(run: Run) -> str:
     path = run.folder / "samples" / "data.png"
     if run.accelerator.is_main_process:
         indices = batch_indices(run.config.seed, 0, min(64, len(run.data.train)), len(run.data.train))
-        save_grid(torch.stack([run.data.train[index, False]["images"] for index in indices.tolist()]), path, 8)
+        save_grid(
+            torch.stack([run.data.train[index, False]["images"] for index in indices.tolist()]), path, 8
+        )
     return f"what the networks will see: {path}"

@@ -182,7 +182,9 @@ class RunLog:
         if not self.due(self.config.log_every):
             return
         keys = sorted(self.sums)
-        means = self.run.accelerator.reduce(torch.stack([self.sums[key] / self.count for key in keys]), "mean")
+        means = self.run.accelerator.reduce(
+            torch.stack([self.sums[key] / self.count for key in keys]), "mean"
+        )
         means = dict(zip(keys, means.tolist(), strict=True))
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(

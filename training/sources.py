@@ -58,7 +58,7 @@ def _load_digits() -> tuple[dict[str, Dataset], Any]:
     from sklearn.datasets import load_digits  # here, because no other data set needs scikit-learn
 
     digits = load_digits()
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)                              # (1797, 8, 8)
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
     features = {"image": ImageFeature(), "label": ClassLabel(names=[str(digit) for digit in range(10)])}
     columns = {"image": [Image.fromarray(image) for image in pixels], "label": digits.target.tolist()}
     identity = hashlib.sha256(pixels.tobytes() + digits.target.astype("<i8").tobytes()).hexdigest()

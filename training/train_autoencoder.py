@@ -27,7 +27,9 @@ def train_autoencoder(run: Run) -> None:
     config, data, accelerator = run.config.autoencoder, run.config.data, run.accelerator
     folder = run.folder / "autoencoder"
     if (done := run.done("autoencoder")) and (config.pretrained or done["steps"] >= config.max_steps):
-        run.print(f"autoencoder: {folder} stands ({done['steps']} steps); --redo '[autoencoder]' trains it again")
+        run.print(
+            f"autoencoder: {folder} stands ({done['steps']} steps); --redo '[autoencoder]' trains it again"
+        )
         return
     if config.pretrained:
         save_autoencoder(run, load_autoencoder(config.pretrained))
@@ -105,7 +107,9 @@ def train_autoencoder(run: Run) -> None:
         with log.paused():
             if log.due(config.validate_every):
                 with ema.swapped():
-                    log.write(measure_reconstruction(run, autoencoder, 512, f"autoencoder-{step + 1:07d}.png"))
+                    log.write(
+                        measure_reconstruction(run, autoencoder, 512, f"autoencoder-{step + 1:07d}.png")
+                    )
             if log.due(config.checkpoint_every):
                 checkpoints.save(accelerator, step + 1, {"seconds": log.seconds})
 

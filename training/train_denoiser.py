@@ -37,7 +37,9 @@ def train_denoiser(run: Run) -> None:
     unet = trained.unet
     ema = EMA(unet, config.ema_fraction, config.ema_half_life)
     optimizer = build_optimizer(config, trained)
-    checkpoints = Checkpoints(folder, {"model": trained, "ema": ema, "optimizer": optimizer}, config.keep_checkpoints)
+    checkpoints = Checkpoints(
+        folder, {"model": trained, "ema": ema, "optimizer": optimizer}, config.keep_checkpoints
+    )
     record = checkpoints.restore()
     if record.setdefault("latents", key) != key:
         raise ValueError(f"{folder} was trained on other latents than there are now: --redo '[denoiser]'")
@@ -84,7 +86,9 @@ def train_denoiser(run: Run) -> None:
     with ema.swapped():
         save_pipeline(run, pipeline)
     images = config.max_steps * config.batch_size
-    run.finish("denoiser", {"steps": config.max_steps, "images": images, "seconds": log.seconds, "latents": key})
+    run.finish(
+        "denoiser", {"steps": config.max_steps, "images": images, "seconds": log.seconds, "latents": key}
+    )
 
 
 def _stands(run: Run, key: dict) -> bool:
@@ -94,7 +98,9 @@ def _stands(run: Run, key: dict) -> bool:
         return False
     if done["latents"] != key:
         raise ValueError(f"{run.folder / 'denoiser'} was trained on other latents: --redo '[denoiser]'")
-    run.print(f"denoiser: {run.folder / 'pipeline'} stands ({done['steps']} steps); --redo '[denoiser]' trains it again")
+    run.print(
+        f"denoiser: {run.folder / 'pipeline'} stands ({done['steps']} steps); --redo '[denoiser]' trains it again"
+    )
     return True
 
 
@@ -105,7 +111,9 @@ def check_scale(run: Run, latents: LatentSet) -> None:
         ValueError: if the deviation of up to 2,048 images is not between 0.8 and 1.25.
     """
     indices = torch.randperm(len(latents), generator=generator("cpu", run.config.seed, "scale"))[:2048]
-    noise = torch.randn(len(indices), *latents.shape, generator=generator(run.device, 0, "scale"), device=run.device)
+    noise = torch.randn(
+        len(indices), *latents.shape, generator=generator(run.device, 0, "scale"), device=run.device
+    )
     deviation = latents.batch(indices, torch.zeros_like(indices), noise).std().item()
     if not 0.8 <= deviation <= 1.25:
         raise ValueError(
@@ -118,10 +126,17 @@ def check_scale(run: Run, latents: LatentSet) -> None:
 
 def draw_batch(run: Run, latents: LatentSet, step: int) -> dict[str, Tensor]:
     """Everything random of the global batch of `step`, a function of (seed, step); each process takes its slice."""
-    config, seed, size, device = run.config.denoiser, run.config.seed, run.config.denoiser.batch_size, run.device
+    config, seed, size, device = (
+        run.config.denoiser,
+        run.config.seed,
+        run.config.denoiser.batch_size,
+        run.device,
+    )
     draws = generator(device, seed, "denoiser", step)
     uniform, dropped = (torch.rand(size, generator=draws, device=device) for _ in range(2))
-    posterior_noise, noise = (torch.randn(size, *latents.shape, generator=draws, device=device) for _ in range(2))
+    posterior_noise, noise = (
+        torch.randn(size, *latents.shape, generator=draws, device=device) for _ in range(2)
+    )
     return {
         "indices": batch_indices(seed, step, size, len(latents)),
         "flips": batch_flips(seed, step, size).long(),
