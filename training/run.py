@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -67,6 +68,8 @@ def start(argv: list[str] | None = None) -> Run:
             project_dir=config.output_dir,
         )
         set_seed(config.seed)
+        if accelerator.device.type == "cpu":
+            torch.set_num_threads(cpu_threads())
         with accelerator.main_process_first():
             data = load_images(config.data)
             folder = open_run(config)
@@ -90,6 +93,12 @@ def choose_precision(setting: str) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     capabilities = torch.cpu.get_capabilities()
     return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "no"
+
+
+def cpu_threads() -> int:
+    """This process's share of the cores it may use: `accelerate launch` gives a CPU process one thread unless told."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def build_optimizer(config: OptimizationConfig, module: nn.Module) -> torch.optim.AdamW:
