@@ -111,7 +111,8 @@ class AutoencoderConfig(OptimizationConfig):
     kl_weight: float = 1e-6
     """Weight of the KL divergence in the convention of LDM (arXiv:2112.10752): both the KL and the pixel error
     summed over an image. Internally both are means, and the weight is multiplied by latent / image elements.
-    AutoencoderDC has no posterior and ignores it."""
+    AutoencoderDC has no posterior: there it weighs half the mean square of the latents, which keeps them from
+    growing, and can be a thousand times larger."""
     lpips_weight: float = 0.0
     """Weight of the perceptual distance LPIPS (arXiv:1801.03924); needs the extra "lpips"."""
     gan_weight: float = 0.0

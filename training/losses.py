@@ -46,8 +46,8 @@ class AutoencoderLoss(nn.Module):
             halve: compare at half the size (scale equivariance, EQ-VAE, arXiv:2502.09509).
 
         Returns:
-            Terms: "loss" (all but the adversarial one), "pixel", "kl" (per latent element), "perceptual",
-            "latent_std"; the latter four are plain means.
+            Terms: "loss" (all but the adversarial one), "pixel", "kl" (per latent element; without a posterior its
+            part that depends on the mean), "perceptual", "latent_std"; the latter four are plain means.
         """
         mean, std = encode(self.autoencoder, images)
         mean, std = mean.float(), None if std is None else std.float()
@@ -63,10 +63,12 @@ class AutoencoderLoss(nn.Module):
         error = reconstruction - images
         terms = {"pixel": (error.abs() if self.config.reconstruction_loss == "l1" else error.square()).mean()}
         loss = terms["pixel"]
+        # Without a posterior, of the KL to the prior only this depends on the latents: it keeps them from growing.
+        terms["kl"] = 0.5 * mean.square().mean()
         if std is not None:
-            terms["kl"] = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
-            # LDM's weight is for sums over an image (facts of arXiv:2112.10752's code); these are means.
-            loss = loss + self.config.kl_weight * mean[0].numel() / error[0].numel() * terms["kl"]
+            terms["kl"] = terms["kl"] + 0.5 * (std**2 - 1 - 2 * std.log()).mean()
+        # LDM's weight (arXiv:2112.10752) is for sums over an image; these are means.
+        loss = loss + self.config.kl_weight * mean[0].numel() / error[0].numel() * terms["kl"]
         if self.perceptual is not None:
             rgb = (image.expand(-1, 3, -1, -1) for image in (reconstruction, images))
             terms["perceptual"] = self.perceptual(*rgb).mean()
