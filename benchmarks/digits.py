@@ -48,7 +48,8 @@ def main():
     held_out = len(data.held_out)
     classifier = SVC().fit(real[:-held_out], real_labels[:-held_out])
     print(
-        f"SVC on {held_out} held-out real digits: {classifier.score(real[-held_out:], real_labels[-held_out:]):.3f}"
+        f"SVC on {held_out} held-out real digits: "
+        f"{classifier.score(real[-held_out:], real_labels[-held_out:]):.3f}"
     )
     read = SVC().fit(real, real_labels).predict(drawn)
     print("| digit | read as drawn | distance / real distance |\n|---|---|---|")

@@ -15,7 +15,7 @@ from ldm_pipeline import LDMPipeline
 
 
 def draw(pipe: LDMPipeline, count: int, steps: int, guidance_scale: float, batch: int, seed: int):
-    """Pictures uint8 `(count, H, W, C)` and labels `(count,)`, one generator a picture; labels -1 without classes."""
+    """Pictures uint8 `(count, H, W, C)`, a generator each, and labels `(count,)`, -1 without classes."""
     classes = (pipe.unet.config.num_class_embeds or 1) - 1
     labels = np.arange(count) % classes if classes else np.full(count, -1)
     pipe.set_progress_bar_config(disable=True)

@@ -1,4 +1,4 @@
-"""A run's autoencoder beside the linear (patch-PCA) code of the same latent shape, on the same held-out images.
+"""A run's autoencoder beside the linear (patch-PCA) code of the same latent shape, on held-out images.
 
     python benchmarks/linear_code.py runs/cifar10_cpu --scorer path/to/score_cifar.py
 
@@ -33,7 +33,7 @@ def load(split: ImageSplit, count: int) -> Tensor:
 
 
 def patch_pca(images: Tensor, factor: int, channels: int) -> Callable[[Tensor], Tensor]:
-    """Encode and decode by the first `channels` principal components of `factor` x `factor` patches of `images`."""
+    """Code by the first `channels` principal components of `factor` x `factor` patches of `images`."""
     patches = F.pixel_unshuffle(images, factor).permute(0, 2, 3, 1).flatten(0, 2).double()
     mean = patches.mean(0)
     basis = torch.linalg.eigh(torch.cov(patches.T)).eigenvectors[:, -channels:]

@@ -22,8 +22,8 @@ STEPS = 50
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 V = BETAS | {"prediction_type": "v_prediction"}
 UNCLIPPED = BETAS | {"clip_sample": False}
-# name -> (scheduler class without its suffix, its options, the number of steps at which it must be right): STEPS
-# for higher-order solvers, more for first-order and ancestral ones, whose error is of order 1 / steps.
+# name -> (scheduler class without its suffix, its options, the number of steps at which it must be right):
+# STEPS for higher-order solvers, more for first-order and ancestral ones, whose error is of order 1 / steps.
 CASES = {
     "DPM-Solver++ 2M": ("DPMSolverMultistep", BETAS, STEPS),
     "DPM-Solver++ 2M, flow": ("DPMSolverMultistep", FLOW, STEPS),

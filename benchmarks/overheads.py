@@ -28,6 +28,12 @@ from training.train_denoiser import train_denoiser
 IMAGES = 4096
 
 
+def synchronize() -> None:
+    """Wait until the device has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def side_by_side(rounds: int, **functions: Callable[[], object]) -> dict[str, float]:
     """Median seconds of each function; they take turns, so that a slow moment of the machine meets all."""
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -35,15 +41,14 @@ def side_by_side(rounds: int, **functions: Callable[[], object]) -> dict[str, fl
         for name, function in functions.items():
             begun = time.perf_counter()
             function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            synchronize()
             if turn:  # the first is a warm-up
                 times[name].append(time.perf_counter() - begun)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def random_run(config_path: str, folder: Path, steps: int) -> Run:
-    """A run of the configuration's networks whose first stages are replaced by random latents with ten classes."""
+    """A run of the configuration's networks, with random latents of ten classes for its first stages."""
     size = parse_config(["--config", config_path]).data.resolution
     data = [
         "--data.dataset=digits",
@@ -57,7 +62,16 @@ def random_run(config_path: str, folder: Path, steps: int) -> Run:
         f"--denoiser.log_every={steps}",
         "--denoiser.warmup_steps=1",
     ]
-    run = start(["--config", config_path, f"--output_dir={folder}", *data, *never, *length])
+    options = [
+        "--config",
+        config_path,
+        f"--output_dir={folder}",
+        "--mixed_precision=no",
+        *data,
+        *never,
+        *length,
+    ]
+    run = start(["denoiser"], options)
     autoencoder = new_autoencoder(run.config)
     shape, channels = latent_shape_of(autoencoder, run.config), run.config.autoencoder.latent_channels
     set_latent_statistics(autoencoder, [0.0] * channels, [1.0] * channels)
@@ -93,7 +107,7 @@ def bare_step(run: Run, shape: tuple[int, ...], unet: torch.nn.Module) -> Callab
 
 
 def loop_against_bare(run: Run, shape: tuple[int, ...], rounds: int) -> float:
-    """Seconds of a step of `train_denoiser`, with all it does, over those of the bare step; medians of their turns."""
+    """Seconds of a step of `train_denoiser`, with all it does, over the bare step's; medians of turns."""
     steps = run.config.denoiser.log_every
     bare = bare_step(run, shape, new_denoiser(run.config, run.data, shape))
     bare()
@@ -104,6 +118,7 @@ def loop_against_bare(run: Run, shape: tuple[int, ...], rounds: int) -> float:
         begun = time.perf_counter()
         for _ in range(steps):
             bare()
+        synchronize()
         seconds = (time.perf_counter() - begun) / steps
         train_denoiser(run)
         lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]

@@ -8,6 +8,7 @@ _HOMES = {
     "build_autoencoder": "models",
     "build_unet": "models",
     "build_scheduler": "models",
+    "set_latent_statistics": "pipeline",
 }
 __all__ = sorted(_HOMES)
 

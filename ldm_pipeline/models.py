@@ -26,7 +26,7 @@ def build_autoencoder(
     Its latents are `(N, latent_channels, H / f, W / f)` with `f = 2 ** (len(widths) - 1)`.
 
     Args:
-        kind: "AutoencoderKL" (arXiv:2112.10752) or "AutoencoderDC" (arXiv:2410.10733), which has no posterior.
+        kind: "AutoencoderKL" (arXiv:2112.10752) or "AutoencoderDC" (arXiv:2410.10733), without posterior.
         widths: channels by level, finest first.
         blocks: residual blocks by level. AutoencoderKL needs the same number in every level.
 
@@ -102,7 +102,7 @@ def build_unet(
             classifier-free guidance (arXiv:2207.12598).
 
     Raises:
-        ValueError: when the latents cannot be halved that often, or a width is no multiple of a group or head.
+        ValueError: if the latents cannot be halved that often, or a width is no multiple of a group or head.
     """
     attention = [False] * len(widths) if attention is None else list(attention)
     size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)

@@ -107,8 +107,8 @@ def denoise(unet, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condi
 def set_latent_statistics(autoencoder, mean: list[float], std: list[float]) -> None:
     """Write mean and deviation per channel into the autoencoder's config, the one place where they are kept.
 
-    As `latents_mean` and `latents_std`, or, for a class that does not know them (AutoencoderDC), with a leading
-    underscore: Diffusers keeps such keys without a warning at every load.
+    As `latents_mean` and `latents_std`, or, for a class that does not know them (AutoencoderDC), with a
+    leading underscore: Diffusers keeps such keys without a warning at every load.
     """
     prefix = "" if "latents_mean" in inspect.signature(type(autoencoder).__init__).parameters else "_"
     autoencoder.register_to_config(**{f"{prefix}latents_mean": list(mean), f"{prefix}latents_std": list(std)})
@@ -120,8 +120,9 @@ def _latent_statistics(autoencoder, like: torch.Tensor):
     channels = like.shape[1]
     if mean is None or std is None or len(mean) != channels or len(std) != channels:
         raise ValueError(
-            f"the autoencoder's config has latents_mean={mean} and latents_std={std}; wanted: a list of {channels} "
-            "numbers each. Measure them over the training set and write them with set_latent_statistics()"
+            f"the autoencoder's config has latents_mean={mean} and latents_std={std}; wanted: a list of "
+            f"{channels} numbers each. Measure them over the training set and write them with "
+            "set_latent_statistics()"
         )
     return (torch.tensor(v, dtype=torch.float32, device=like.device).view(1, -1, 1, 1) for v in (mean, std))
 

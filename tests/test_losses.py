@@ -13,11 +13,12 @@ from training.losses import (
     adaptive_weight,
     discriminator_loss,
     generator_loss,
+    last_layer,
 )
 
 
 class Perceptual(nn.Module):
-    """Stands for LPIPS, whose weights cannot be shipped: a frozen convolution that compares two RGB batches."""
+    """Stands for LPIPS, whose weights cannot be shipped: a frozen convolution compares two RGB batches."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +31,7 @@ class Perceptual(nn.Module):
 def make(kind="AutoencoderKL", channels=3, **options):
     torch.manual_seed(0)
     config = AutoencoderConfig(**options)
-    autoencoder = build_autoencoder(kind, [8, 16], [1, 1], 4, channels, 16)
+    autoencoder = build_autoencoder(kind, [8, 16], [0 if kind == "AutoencoderDC" else 1, 1], 4, channels, 16)
     loss = AutoencoderLoss(autoencoder, config, Perceptual() if config.lpips_weight else None)
     return loss, torch.rand(4, channels, 16, 16) * 2 - 1, torch.randn(4, 4, 8, 8)
 
@@ -68,10 +69,19 @@ def test_kl_trains_the_encoder_alone_and_is_that_of_two_gaussians():
 
 def test_the_kl_weight_is_that_of_sums_over_an_image():
     """LDM: sum of pixel errors + weight * sum of KL; ours is that divided by the image's elements."""
-    loss, images, noise = make(kl_weight=0.01)
+    loss, images, noise = make(kl_weight=10.0)
     terms, _, _ = loss(images, noise)
-    by_sums = (terms["pixel"] * images[0].numel() + 0.01 * terms["kl"] * noise[0].numel()) / images[0].numel()
+    halved, _, _ = loss(images, noise, halve=True)
+    assert torch.isclose((halved["loss"] - halved["pixel"]) / halved["kl"], torch.tensor(10 * 256 / 768))
+    by_sums = (terms["pixel"] * images[0].numel() + 10 * terms["kl"] * noise[0].numel()) / images[0].numel()
     assert torch.isclose(terms["loss"], by_sums)
+
+
+def test_without_a_posterior_the_kl_holds_the_latents_scale():
+    loss, images, noise = make("AutoencoderDC", kl_weight=0.01)
+    terms, _, _ = loss(images, noise)
+    assert torch.isclose(terms["kl"], 0.5 * loss.autoencoder.encode(images).latent.square().mean())
+    assert moved(terms["kl"], loss.autoencoder) == {"encoder"}
 
 
 def test_latent_noise_is_relative_to_the_latents_deviation():
@@ -91,16 +101,18 @@ def test_equivariance_compares_halved_latents_with_halved_images():
     assert reconstruction.shape == target.shape
 
 
-def test_the_adversarial_terms_each_move_one_side():
-    loss, images, noise = make()
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderDC"])
+def test_the_adversarial_terms_each_move_one_side(kind):
+    loss, images, noise = make(kind)
     discriminator = PatchDiscriminator(3)
     terms, target, reconstruction = loss(images, noise)
     fooled = generator_loss(discriminator, reconstruction)
     assert {"encoder", "decoder"} <= moved(fooled, loss.autoencoder) and moved(fooled, discriminator) == set()
     judged = discriminator_loss(discriminator(target), discriminator(reconstruction.detach()))
     assert moved(judged, loss.autoencoder) == set() and len(moved(judged, discriminator)) > 3
-    weight = adaptive_weight(terms["loss"], fooled, loss.autoencoder.decoder.conv_out.weight)
-    last = loss.autoencoder.decoder.conv_out.weight
+    last = last_layer(loss.autoencoder)
+    assert last.shape[0] == 3 * (4 if kind == "AutoencoderDC" else 1)  # it makes the image's channels
+    weight = adaptive_weight(terms["loss"], fooled, last)
     norms = [
         torch.autograd.grad(t, last, retain_graph=True)[0].norm() for t in (terms["loss"], weight * fooled)
     ]

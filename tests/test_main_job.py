@@ -115,7 +115,7 @@ def test_killed_and_started_again_it_ends_in_the_same_bits(tiny_run, tmp_path):
 
 
 def test_two_processes_train_what_one_does(tmp_path):
-    """Every stage, with a discriminator, and accumulation of the denoiser; sums have another order, so not to the bit."""
+    """Every stage, with a discriminator and accumulation; not to the bit, as sums have another order."""
     options = ("--autoencoder.gan_weight", "0.1", "--autoencoder.gan_start", "4", "--denoiser.dropout", "0")
     launch("train_ldm.py", "--output_dir", tmp_path / "one", *options)
     options += ("--denoiser.gradient_accumulation_steps", "2")

@@ -57,7 +57,7 @@ def test_uniform_timesteps_reach_the_whole_range_and_no_further(prediction_type)
 
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_min_snr_weighs_the_error_of_the_clean_latents_alike_under_every_prediction(prediction_type):
-    """The same wrong guess of the clean latents costs min(SNR, gamma) times its square, however it is expressed."""
+    """The same wrong guess of the clean latents costs min(SNR, gamma) times its square, in any terms."""
     alpha, sigma = torch.tensor([0.9, 0.6, 0.2]), torch.tensor([0.1, 0.8, 0.7])
     to_prediction = {"epsilon": alpha / sigma, "v_prediction": 1 / sigma, "flow_prediction": 1 / sigma}
     cost = min_snr_weight(prediction_type, alpha, sigma, 5.0) * to_prediction[prediction_type] ** 2

@@ -1,5 +1,6 @@
 """What must hold for every picture, with tiny networks of the real classes."""
 
+import logging
 import warnings
 
 import diffusers
@@ -8,7 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, UNet2DModel
 
-from ldm_pipeline import LDMPipeline
+from ldm_pipeline import LDMPipeline, set_latent_statistics
 from ldm_pipeline.pipeline import (
     Condition,
     alpha_sigma,
@@ -22,7 +23,7 @@ from ldm_pipeline.pipeline import (
 
 FLOW = {"prediction_type": "flow_prediction"}
 VP = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
-STATISTICS = {"latents_mean": [0.5, -0.5, 0.1, 0.0], "latents_std": [0.5, 1.0, 2.0, 3.0]}
+STATISTICS = {"mean": [0.5, -0.5, 0.1, 0.0], "std": [0.5, 1.0, 2.0, 3.0]}
 NAMES = {0: "cat", 1: "dog", 2: "owl"}
 
 
@@ -38,7 +39,7 @@ def tiny_vae(kind=AutoencoderKL, channels=3):
         types = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
         numbers = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4}
         vae = AutoencoderKL(in_channels=channels, out_channels=channels, **types, **numbers)
-    vae.register_to_config(**STATISTICS)
+    set_latent_statistics(vae, **STATISTICS)
     return vae.eval()
 
 
@@ -257,16 +258,21 @@ def test_clipping_schedulers_are_used_as_given_with_a_warning():
 
 
 @pytest.mark.parametrize("kind", [AutoencoderKL, AutoencoderDC])
-def test_normalisation_is_inverted_and_survives_saving(kind, tmp_path):
+def test_normalisation_is_inverted_and_survives_saving(kind, tmp_path, caplog, monkeypatch):
     vae, latents = tiny_vae(kind), torch.randn(2, 4, 3, 5)
     normal = normalize_latents(vae, latents)
     torch.testing.assert_close(denormalize_latents(vae, normal), latents)
     torch.testing.assert_close(normal[:, 2], (latents[:, 2] - 0.1) / 2.0)
     vae.save_pretrained(tmp_path)
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)  # to caplog
+    caplog.set_level(logging.WARNING, "diffusers")
     assert torch.equal(normalize_latents(kind.from_pretrained(tmp_path), latents), normal)
-    vae.register_to_config(latents_mean=None)
-    with pytest.raises(ValueError, match="register_to_config"):
-        normalize_latents(vae, latents)
+    assert f"were passed to {kind.__name__}" not in caplog.text
+    without = kind.from_config({key: v for key, v in vae.config.items() if "latents_" not in key})
+    set_latent_statistics(vae, [0.0] * 3, [1.0] * 3)
+    for wrong in (without, vae):
+        with pytest.raises(ValueError, match="set_latent_statistics"):
+            normalize_latents(wrong, latents)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow_prediction", "sample"])

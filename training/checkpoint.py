@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -27,8 +28,16 @@ def write_json(path: Path, value: Any) -> None:
     atomic_write(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file, atomically."""
+    aside = path.with_name(f".{path.name}.tmp")
+    save_file(tensors, aside)
+    _fsync(aside)
+    os.replace(aside, path)
+
+
 def move_into_place(aside: Path, target: Path) -> None:
-    """Flush the finished folder `aside` to the disk and rename it to `target`, replacing what stands there."""
+    """Flush the finished folder `aside` to the disk and rename it to `target`, replacing what is there."""
     for path in [*aside.rglob("*"), aside]:
         _fsync(path)
     shutil.rmtree(target, ignore_errors=True)
@@ -43,6 +52,8 @@ def file_sha256(path: Path) -> str:
 
 
 def _fsync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -51,8 +62,8 @@ def _fsync(path: Path) -> None:
 class Checkpoints:
     """The checkpoints of one stage: `<folder>/checkpoint-<step>`, each whole or absent.
 
-    A checkpoint holds one safetensors file for each module and average, one `.pt` file for each optimizer (read
-    with `weights_only=True`), and `state.json` with the step and what else the loop must remember.
+    A checkpoint holds one safetensors file for each module and average, one `.pt` file for each optimizer
+    (read with `weights_only=True`), and `state.json` with the step and what else the loop must remember.
 
     Args:
         folder: the stage's folder.
@@ -70,7 +81,7 @@ class Checkpoints:
         return sorted(found, key=lambda path: int(path.name.split("-")[-1]))
 
     def save(self, accelerator: Accelerator, step: int, record: dict) -> None:
-        """Write checkpoint `step` aside, rename it into place, then drop the oldest; every process calls this."""
+        """Write checkpoint `step` aside, rename it into place, drop the oldest; every process calls this."""
         if accelerator.is_main_process:
             self._save(step, record)
         accelerator.wait_for_everyone()
@@ -93,11 +104,18 @@ class Checkpoints:
         for old in self._found()[: -self.keep]:
             shutil.rmtree(old)
 
-    def restore(self) -> dict:
-        """Load the newest checkpoint, if there is one, and return its record (`{"step": 0}` otherwise)."""
+    def restore(self, max_steps: int) -> dict:
+        """Load the newest checkpoint, if there is one, and return its record (`{"step": 0}` otherwise).
+
+        Raises:
+            ValueError: if it is beyond `max_steps`.
+        """
         found = self._found()
         if not found:
             return {"step": 0}
+        record = json.loads((found[-1] / "state.json").read_text())
+        if record["step"] > max_steps:
+            raise ValueError(f"{found[-1]} has gone further than --{self.folder.name}.max_steps {max_steps}")
         for name, state in self.states.items():
             if isinstance(state, torch.optim.Optimizer):
                 state.load_state_dict(
@@ -105,4 +123,4 @@ class Checkpoints:
                 )
             else:
                 state.load_state_dict(load_file(found[-1] / f"{name}.safetensors"))
-        return json.loads((found[-1] / "state.json").read_text())
+        return record

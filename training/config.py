@@ -1,4 +1,4 @@
-"""The configuration of a run: a tree of dataclasses, read from one YAML file and dotted command-line options."""
+"""The configuration of a run: a tree of dataclasses, read from one YAML file and dotted options."""
 
 import difflib
 import re
@@ -20,8 +20,8 @@ class DataConfig:
     """The images."""
 
     dataset: str = "uoft-cs/cifar10"
-    """A Hub id, a local folder of images (with or without one folder a class, or with folders train and test),
-    a local parquet, arrow or webdataset file, a folder of these, a folder written by save_to_disk, or "digits"
+    """A Hub id, a local folder of images (with or without one folder a class, or with folders train and
+    test), a local parquet, arrow or webdataset file or folder of these, a folder by save_to_disk, or "digits"
     (scikit-learn's handwritten digits, which need no download)."""
     subset: str | None = None
     """Name of the Hub data set's configuration, where it has several."""
@@ -34,7 +34,7 @@ class DataConfig:
     image_column: str | None = None
     """Column of the images (type Image, or encoded bytes). Found by type if none is given."""
     label_column: str | None = None
-    """Column of the class labels (ClassLabel, integers or names). Found by type, else by a usual name, if none
+    """Column of the class labels (ClassLabel, integers, names). Found by type or a usual name if none
     is given; a data set without one is unlabelled."""
     resolution: int = 32
     """Height and width in pixels: the shorter side is resized to it, then the centre is cropped."""
@@ -69,7 +69,7 @@ class OptimizationConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     ema_fraction: float = 0.05
-    """Half-life of the weight average, as a share of the images seen so far (EDM2's warm-up, arXiv:2312.02696)."""
+    """Half-life of the weight average, as a share of the images seen so far (EDM2, arXiv:2312.02696)."""
     ema_half_life: int = 500_000
     """Upper bound of that half-life, in images."""
     compile: bool = False
@@ -86,7 +86,7 @@ class OptimizationConfig:
     """Newest checkpoints that are kept."""
 
     def learning_rate_at(self, step: int) -> float:
-        """The rate of optimizer step `step` (from 0): warm-up, plateau, linear decay; the same on any process."""
+        """The rate of optimizer step `step` (from 0): warm-up, plateau, linear decay; the same everywhere."""
         rise = min(1.0, (step + 1) / max(1, self.warmup_steps))
         fall = min(1.0, (self.max_steps - step) / max(1.0, self.decay_fraction * self.max_steps))
         return self.learning_rate * min(rise, fall)
@@ -97,19 +97,19 @@ class AutoencoderConfig(OptimizationConfig):
     """Stage 1: images to latents and back."""
 
     pretrained: str | None = None
-    """A local folder or Hub id of an existing AutoencoderKL or AutoencoderDC: it is used instead of training."""
+    """Local folder or Hub id of an existing AutoencoderKL or AutoencoderDC, used instead of training."""
     kind: Literal["AutoencoderKL", "AutoencoderDC"] = "AutoencoderKL"
     """Class of the network. AutoencoderDC (arXiv:2410.10733) learns faster and has no posterior."""
     widths: list[int] = field(default_factory=lambda: [64, 128])
     """Channels by level. Every level after the first halves the resolution: [64, 128] downsamples by 2."""
     blocks: list[int] = field(default_factory=lambda: [1, 1])
-    """Residual blocks by level. AutoencoderKL wants the same number everywhere; AutoencoderDC takes 0 as well."""
+    """Residual blocks by level. AutoencoderKL wants one number everywhere; AutoencoderDC takes 0 as well."""
     latent_channels: int = 4
     """Channels of the latents."""
     reconstruction_loss: Literal["l1", "l2"] = "l1"
     """Pixel error, averaged over all elements."""
     kl_weight: float = 1e-6
-    """Weight of the KL divergence in the convention of LDM (arXiv:2112.10752): both the KL and the pixel error
+    """Weight of the KL divergence in the convention of LDM (arXiv:2112.10752): KL and pixel error both
     summed over an image. Internally both are means, and the weight is multiplied by latent / image elements.
     AutoencoderDC has no posterior: there it weighs half the mean square of the latents, which keeps them from
     growing, and can be a thousand times larger."""
@@ -120,10 +120,11 @@ class AutoencoderConfig(OptimizationConfig):
     gan_start: int = 5000
     """Step at which the discriminator starts. A dip of PSNR there is normal."""
     latent_noise: float = 0.0
-    """Deviation of noise added to the latents before decoding, relative to their own deviation."""
+    """Deviation of noise added to the latents before decoding, relative to their own deviation over the
+    images that are computed at once."""
     equivariance: float = 0.0
-    """Share of the steps of the second half in which latents and images are both halved in size before they are
-    compared: a scale-equivariant latent space is easier to diffuse (EQ-VAE, arXiv:2502.09509)."""
+    """Share of the steps of the second half in which latents and images are both halved in size before they
+    are compared: a scale-equivariant latent space is easier to diffuse (EQ-VAE, arXiv:2502.09509)."""
 
 
 @dataclass
@@ -135,7 +136,7 @@ class LatentsConfig:
     shard_size: int = 8192
     """Images in one safetensors file."""
     resident: Literal["auto", "device", "disk"] = "auto"
-    """Where training reads them: all on the device, or memory-mapped. auto: device if a quarter of it suffices."""
+    """Where training reads them: all on the device, or memory-mapped. auto: device if a quarter suffices."""
 
 
 @dataclass
@@ -153,15 +154,15 @@ class DenoiserConfig(OptimizationConfig):
     norm_groups: int = 32
     """Groups of the group normalisation; must divide every width."""
     dropout: float = 0.0
-    """Dropout in the residual blocks."""
+    """Dropout in the residual blocks. Every process draws its own."""
     class_conditional: bool | None = None
     """Whether labels are a condition. Unset: if the data set has them."""
     label_dropout: float = 0.1
     """Share of the images trained with the null class, for classifier-free guidance (arXiv:2207.12598)."""
     prediction_type: Literal["epsilon", "v_prediction", "flow_prediction"] = "flow_prediction"
-    """What the network predicts: the noise, the velocity (arXiv:2202.00512) or the flow (arXiv:2209.03003)."""
+    """What the network predicts: the noise, velocity (arXiv:2202.00512) or flow (arXiv:2209.03003)."""
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    """Noise schedule of epsilon and v_prediction; squaredcos_cap_v2 is the cosine schedule (arXiv:2102.09672)."""
+    """Noise schedule of epsilon and v_prediction; squaredcos_cap_v2 is the cosine (arXiv:2102.09672)."""
     zero_terminal_snr: bool = False
     """Rescale that schedule so that its last step is pure noise (arXiv:2305.08891); not with epsilon."""
     timestep_density: Literal["uniform", "logit_normal"] = "logit_normal"
@@ -171,7 +172,7 @@ class DenoiserConfig(OptimizationConfig):
     logit_std: float = 1.0
     """Deviation of the logit-normal density."""
     loss_weight: Literal["none", "min_snr", "uncertainty"] = "none"
-    """Weight by timestep: none, min-SNR (arXiv:2303.09556), or learned uncertainty (EDM2, arXiv:2312.02696)."""
+    """Weight by timestep: none, min-SNR (arXiv:2303.09556), learned uncertainty (EDM2, arXiv:2312.02696)."""
     min_snr_gamma: float = 5.0
     """Clamp of min-SNR."""
     sample_steps: int = 20
@@ -199,7 +200,7 @@ class Config:
     seed: int = 0
     """Seed of everything random: weights, order, noise, pictures."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """Arithmetic of the networks; weights stay float32. auto: bf16 where the hardware multiplies it, else no."""
+    """Arithmetic of the networks; weights stay float32. auto: bf16 where the hardware has it, else no."""
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     """Loggers beside metrics.jsonl; need the extra "trackers"."""
     redo: list[Literal["autoencoder", "latents", "denoiser", "evaluation"]] = field(default_factory=list)
@@ -272,9 +273,14 @@ def check_config(config: Config) -> None:
                 raise ValueError(f"--{name}.{key} {getattr(stage, key)}: want at least 1")
         if stage.warmup_steps + stage.decay_fraction * stage.max_steps > stage.max_steps:
             raise ValueError(
-                f"--{name}.warmup_steps {stage.warmup_steps} and the last {stage.decay_fraction:.0%} of decay "
-                f"(--{name}.decay_fraction) do not fit into --{name}.max_steps {stage.max_steps}"
+                f"--{name}.warmup_steps {stage.warmup_steps} and the last {stage.decay_fraction:.0%} of "
+                f"decay (--{name}.decay_fraction) do not fit into --{name}.max_steps {stage.max_steps}"
             )
+    if autoencoder.gan_weight and autoencoder.gan_start >= autoencoder.max_steps:
+        raise ValueError(
+            f"--autoencoder.gan_start {autoencoder.gan_start} is not before the last step "
+            f"(--autoencoder.max_steps {autoencoder.max_steps}): the discriminator would never start"
+        )
     if autoencoder.lpips_weight and find_spec("lpips") is None:
         raise ValueError(
             f"--autoencoder.lpips_weight {autoencoder.lpips_weight} needs the package lpips: "
@@ -282,12 +288,8 @@ def check_config(config: Config) -> None:
         )
     if denoiser.zero_terminal_snr and denoiser.prediction_type == "epsilon":
         raise ValueError(
-            "--denoiser.zero_terminal_snr with --denoiser.prediction_type epsilon: at pure noise the noise says "
-            "nothing about the image; use v_prediction"
-        )
-    if denoiser.class_conditional is False and denoiser.guidance_scale != 1:
-        raise ValueError(
-            "--denoiser.guidance_scale needs classes: set it to 1, or --denoiser.class_conditional true"
+            "--denoiser.zero_terminal_snr with --denoiser.prediction_type epsilon: at pure noise the noise "
+            "says nothing about the image; use v_prediction"
         )
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class EMA:
     """The average follows the images seen, not the steps, so it does not depend on the batch size.
 
-    Its half-life is `fraction` of the images seen so far and at most `half_life` images: short at first, so that
-    the random initial weights are forgotten (EDM2, arXiv:2312.02696, section 3.1).
+    Its half-life is `fraction` of the images seen so far and at most `half_life` images: short at first, so
+    that the random initial weights are forgotten (EDM2, arXiv:2312.02696, section 3.1).
 
     Args:
         module: the bare network. Buffers are copied, not averaged.

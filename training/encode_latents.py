@@ -1,4 +1,4 @@
-"""Stage 2: encode every image and its mirror image into posterior moments on disk, and measure their statistics."""
+"""Stage 2: encode every image and its mirror image into posterior moments on disk; measure statistics."""
 
 import json
 import shutil
@@ -6,23 +6,25 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm_pipeline.models import load_autoencoder
 from ldm_pipeline.pipeline import set_latent_statistics
-from training.checkpoint import atomic_write, file_sha256, write_json
+from training.checkpoint import atomic_write, file_sha256, save_tensors, write_json
 from training.latents import encode
-from training.run import Run, start
+from training.run import Run
+from training.script import main
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def encode_latents(run: Run) -> None:
-    """Leave `latents/` in the run folder, and `latents_mean` and `latents_std` in the autoencoder's config."""
+    """Leave `latents/` in the run folder, and the statistics of the latents in the autoencoder's config."""
     folder = run.folder / "latents"
+    run.require(run.folder / "autoencoder" / "done.json", "train_autoencoder.py")
     key = cache_key(run)
     if not _open_cache(run, folder, key):
         return
@@ -35,8 +37,8 @@ def encode_latents(run: Run) -> None:
         run.print(f"latents: mean {_short(mean)}, deviation {_short(std)}")
         if not 1e-6 < std.min() <= std.max() < 1e4:
             raise ValueError(
-                f"a latent channel is dead or has exploded (deviations {_short(std)}): the autoencoder's training "
-                "failed; see samples/ and metrics.jsonl, and do it again with --redo '[autoencoder]'"
+                f"a latent channel is dead or has exploded (deviations {_short(std)}): the autoencoder's "
+                "training failed; see samples/ and metrics.jsonl, and do it again with --redo '[autoencoder]'"
             )
         set_latent_statistics(autoencoder, mean.tolist(), std.tolist())
         atomic_write(run.folder / "autoencoder" / "config.json", autoencoder.to_json_string().encode())
@@ -86,9 +88,7 @@ def _encode_split(run: Run, autoencoder: torch.nn.Module, folder: Path, split: s
     ):
         if not (folder / name).exists():
             indices = range(first, min(first + size, len(images)))
-            aside = folder / f".{name}.tmp"
-            save_file(_encode_images(run, autoencoder, images, indices), aside)
-            aside.rename(folder / name)
+            save_tensors(folder / name, _encode_images(run, autoencoder, images, indices))
     return names
 
 
@@ -113,7 +113,7 @@ def _encode_images(run: Run, autoencoder: torch.nn.Module, images, indices: rang
 
 
 def channel_statistics(shards: list[Path]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation `(c,)` of posterior samples over all images, from the moments in `shards`, in float64."""
+    """Mean and deviation `(c,)`, float64, of posterior samples over all images, from moments in `shards`."""
     count, total, squares = 0, 0.0, 0.0
     for shard in shards:
         moments = {key: value.double() for key, value in load_file(shard).items() if key != "class_labels"}
@@ -132,4 +132,4 @@ def _short(values: Tensor) -> str:
 
 
 if __name__ == "__main__":
-    encode_latents(start())
+    main(latents=encode_latents)

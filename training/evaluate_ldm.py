@@ -12,12 +12,14 @@ from ldm_pipeline.pipeline import LDMPipeline
 from training.checkpoint import file_sha256, write_json
 from training.latents import LatentSet
 from training.metrics import draw_grid, measure_reconstruction, validation_loss
-from training.run import Run, start
+from training.run import Run
+from training.script import main
 
 
 def evaluate(run: Run) -> None:
     """Leave `metrics.json` and the final grids in the run folder."""
     path = run.folder / "metrics.json"
+    run.require(run.folder / "pipeline", "train_denoiser.py")
     weights = run.folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
     key = {"denoiser": file_sha256(weights), "evaluation": asdict(run.config.evaluation)}
     if path.exists() and json.loads(path.read_text())["key"] == key:
@@ -67,14 +69,12 @@ def count_parameters(module: nn.Module) -> int:
 def summary(run: Run) -> str:
     """Where the results are, and how to use them."""
     figures = json.loads((run.folder / "metrics.json").read_text())
-    names = run.data.id2label
-    label = f'class_labels="{list(names.values())[min(7, len(names) - 1)]}", ' if names else ""
-    if not run.done("denoiser") or LDMPipeline.load_config(run.folder / "pipeline")["id2label"] is None:
-        label = ""
+    names = LDMPipeline.load_config(run.folder / "pipeline")["id2label"]
+    label = f"class_labels={json.dumps(names[str(min(7, len(names) - 1))])}, " if names else ""
     return "\n".join([
         f"grid:     {run.folder / 'samples' / 'samples.png'}",
-        f"figures:  {run.folder / 'metrics.json'} (PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.3f}, "
-        f"validation loss {figures['val_loss']:.4f})",
+        f"figures:  {run.folder / 'metrics.json'} (PSNR {figures['psnr']:.2f} dB, "
+        f"SSIM {figures['ssim']:.3f}, validation loss {figures['val_loss']:.4f})",
         f"pipeline: {run.folder / 'pipeline'}",
         "",
         "from ldm_pipeline import LDMPipeline",
@@ -84,4 +84,4 @@ def summary(run: Run) -> str:
 
 
 if __name__ == "__main__":
-    evaluate(start())
+    main(evaluation=evaluate)

@@ -12,7 +12,7 @@ from ldm_pipeline.pipeline import normalize_latents
 
 
 def encode(autoencoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Posterior mean and deviation `(N, c, h, w)` of images `(N, C, H, W)`; AutoencoderDC has no deviation."""
+    """Posterior mean and deviation `(N, c, h, w)` of images `(N, C, H, W)`; no deviation: AutoencoderDC."""
     encoded = autoencoder.encode(images)
     if hasattr(encoded, "latent"):
         return encoded.latent, None
@@ -27,8 +27,8 @@ class LatentSet:
         split: "train" or "held_out".
         autoencoder: its config holds the statistics that normalise.
         device: where batches are wanted.
-        resident: "device" holds everything there, "disk" maps the files into memory, "auto" takes the device if a
-            quarter of its memory suffices.
+        resident: "device" holds everything there, "disk" maps the files into memory, "auto" takes the device
+            if a quarter of its memory suffices.
     """
 
     def __init__(self, folder: Path, split: str, autoencoder: nn.Module, device: torch.device, resident: str):
@@ -62,7 +62,7 @@ class LatentSet:
         return torch.stack(rows).to(self.device)
 
     def batch(self, indices: Tensor, flips: Tensor, noise: Tensor) -> Tensor:
-        """Normalised latents `(N, c, h, w)`, float32, drawn from their posteriors with standard normal `noise`.
+        """Normalised latents `(N, c, h, w)`, float32, drawn from their posteriors with `noise`.
 
         Args:
             indices: `(N,)` images.

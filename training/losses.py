@@ -23,8 +23,8 @@ class AutoencoderLoss(nn.Module):
     Args:
         autoencoder: AutoencoderKL or AutoencoderDC.
         config: weights of the terms.
-        perceptual: maps two batches of RGB images in [-1, 1] to distances `(N, ...)`; frozen, but passes gradients
-            on to the reconstruction.
+        perceptual: maps two batches of RGB images in [-1, 1] to distances `(N, ...)`; frozen, but passes
+            gradients on to the reconstruction.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class AutoencoderLoss(nn.Module):
             halve: compare at half the size (scale equivariance, EQ-VAE, arXiv:2502.09509).
 
         Returns:
-            Terms: "loss" (all but the adversarial one), "pixel", "kl" (per latent element; without a posterior its
-            part that depends on the mean), "perceptual", "latent_std"; the latter four are plain means.
+            Terms: "loss" (all but the adversarial one), "pixel", "kl" (per latent element; without a
+            posterior its part that depends on the mean), "perceptual", "latent_std"; the last four are means.
         """
         mean, std = encode(self.autoencoder, images)
         mean, std = mean.float(), None if std is None else std.float()
@@ -56,6 +56,9 @@ class AutoencoderLoss(nn.Module):
         if std is not None:
             variance = variance + std**2
         latents = mean + variance.sqrt() * noise
+        kl_weight = (
+            self.config.kl_weight * mean[0].numel() / images[0].numel()
+        )  # LDM's is for sums, these are means
         if halve:
             latents, images = F.avg_pool2d(latents, 2), F.avg_pool2d(images, 2)
         reconstruction = self.autoencoder.decode(latents).sample.float()
@@ -63,12 +66,11 @@ class AutoencoderLoss(nn.Module):
         error = reconstruction - images
         terms = {"pixel": (error.abs() if self.config.reconstruction_loss == "l1" else error.square()).mean()}
         loss = terms["pixel"]
-        # Without a posterior, of the KL to the prior only this depends on the latents: it keeps them from growing.
+        # Without a posterior, only this part of the KL to the prior depends on the latents: it bounds them.
         terms["kl"] = 0.5 * mean.square().mean()
         if std is not None:
             terms["kl"] = terms["kl"] + 0.5 * (std**2 - 1 - 2 * std.log()).mean()
-        # LDM's weight (arXiv:2112.10752) is for sums over an image; these are means.
-        loss = loss + self.config.kl_weight * mean[0].numel() / error[0].numel() * terms["kl"]
+        loss = loss + kl_weight * terms["kl"]
         if self.perceptual is not None:
             rgb = (image.expand(-1, 3, -1, -1) for image in (reconstruction, images))
             terms["perceptual"] = self.perceptual(*rgb).mean()
@@ -120,12 +122,18 @@ def generator_loss(discriminator: nn.Module, reconstruction: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction_term: Tensor, adversarial_term: Tensor, last_layer: Tensor) -> Tensor:
-    """Ratio of the two terms' gradients at the decoder's last layer, clamped to 1e4 (VQGAN, arXiv:2012.09841, eq. 7).
+    """Ratio of the two terms' gradients at the decoder's last layer, clamped to 1e4.
 
-    The gradients are averaged over the processes first, so all use the same weight.
+    As in VQGAN (arXiv:2012.09841, eq. 7). The gradients are averaged over the processes first, so all use
+    the same weight.
     """
     norms = [
         average_over_processes(torch.autograd.grad(term, last_layer, retain_graph=True)[0]).norm()
         for term in (reconstruction_term, adversarial_term)
     ]
     return (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4).detach()
+
+
+def last_layer(autoencoder: nn.Module) -> nn.Parameter:
+    """Weight of the decoder's last convolution, whichever class the autoencoder is of."""
+    return [parameter for parameter in autoencoder.decoder.parameters() if parameter.ndim == 4][-1]

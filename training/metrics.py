@@ -19,13 +19,13 @@ BINS = 8
 
 
 def psnr(reconstructions: Tensor, images: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio `(N,)` in dB of images `(N, C, H, W)` in [-1, 1]; reconstructions are clamped."""
+    """Peak signal-to-noise ratio `(N,)`, dB, of images `(N, C, H, W)` in [-1, 1]; clamps reconstructions."""
     error = (reconstructions.clamp(-1, 1) - images).square().mean((1, 2, 3))
     return 10 * (4 / error.clamp(min=1e-10)).log10()
 
 
 def ssim(reconstructions: Tensor, images: Tensor) -> Tensor:
-    """Structural similarity `(N,)` of images `(N, C, H, W)` in [-1, 1] (Wang et al. 2004, Gaussian window of 11)."""
+    """Structural similarity `(N,)` of images `(N, C, H, W)` in [-1, 1] (Wang et al. 2004, Gaussian of 11)."""
     return structural_similarity_index_measure(
         reconstructions.clamp(-1, 1), images, data_range=2.0, reduction="none"
     ).view(-1)
@@ -44,9 +44,9 @@ def inference(module: nn.Module) -> Iterator[None]:
 
 
 def measure_reconstruction(run: Run, autoencoder: nn.Module, limit: int, name: str) -> dict[str, float]:
-    """Mean PSNR (dB) and SSIM of the first `limit` held-out images, from the posterior mean; draws a grid `name`.
+    """Mean PSNR (dB) and SSIM of the first `limit` held-out images, reconstructed from the posterior mean.
 
-    The grid shows 8 images a row, each above its reconstruction. Every process measures its share.
+    Draws a grid `name`, 8 images a row, each above its reconstruction. Every process measures its share.
     """
     accelerator, images = run.accelerator, run.data.held_out
     pairs = [(index, 0) for index in range(min(limit, len(images)))]
@@ -61,7 +61,7 @@ def measure_reconstruction(run: Run, autoencoder: nn.Module, limit: int, name: s
             for i, values in enumerate(
                 (psnr(decoded, pixels), ssim(decoded, pixels), torch.ones(len(pixels)))
             ):
-                sums[i] += values.double().sum()
+                sums[i] += values.sum().to(sums)
             if number == 0 and accelerator.is_main_process:
                 rows = [row for pair in zip(pixels.split(8), decoded.split(8), strict=True) for row in pair][
                     :8
@@ -72,13 +72,13 @@ def measure_reconstruction(run: Run, autoencoder: nn.Module, limit: int, name: s
 
 
 def validation_loss(run: Run, unet: nn.Module, objective: dict, latents: LatentSet, limit: int) -> dict:
-    """Squared error of the prediction on the first `limit` held-out images, with noise and timesteps that never change.
+    """Squared error of the prediction on the first `limit` held-out images, with fixed noise and timesteps.
 
-    Timesteps are uniform, whatever the training density: "val_loss" is the mean, "val_loss_by_timestep" the means of
-    8 equal bins, from clean to noisy. Every process measures its share.
+    Timesteps are uniform, whatever the training density: "val_loss" is the mean, "val_loss_by_timestep" the
+    means of 8 equal bins, from clean to noisy. Every process measures its share.
     """
     accelerator, device = run.accelerator, run.device
-    count = min(limit, len(latents)) // BINS * BINS or len(latents)
+    count = min(limit, len(latents))
     draws = generator("cpu", run.config.seed, "validation")
     noise, posterior_noise = (torch.randn(count, *latents.shape, generator=draws) for _ in range(2))
     bins = torch.arange(count) % BINS
@@ -104,12 +104,12 @@ def validation_loss(run: Run, unet: nn.Module, objective: dict, latents: LatentS
     total, number = accelerator.reduce(sums, "sum").cpu()
     return {
         "val_loss": (total.sum() / number.sum()).item(),
-        "val_loss_by_timestep": [round(value, 5) for value in (total / number).tolist()],
+        "val_loss_by_timestep": [round(value, 5) for value in (total / number)[number > 0].tolist()],
     }
 
 
 def draw_grid(run: Run, pipeline: LDMPipeline, name: str, rows: int = 4) -> None:
-    """Draw samples from noise that never changes into `samples/<name>`, one class a column; all processes draw.
+    """Draw samples from fixed noise into `samples/<name>`, one class a column; all processes draw.
 
     Every image has a generator of its own, so the pictures do not depend on the number of processes.
     """
@@ -119,16 +119,20 @@ def draw_grid(run: Run, pipeline: LDMPipeline, name: str, rows: int = 4) -> None
     count = rows * columns
     per_process = -(-count // accelerator.num_processes)
     mine = [(accelerator.process_index * per_process + i) % count for i in range(per_process)]
-    labels = [index % columns * classes // columns for index in mine] if classes else None
     pipeline.set_progress_bar_config(disable=True)
+    images, size = [], run.config.evaluation.batch_size
     with inference(pipeline.unet), accelerator.autocast():
-        images = pipeline(
-            class_labels=labels,
-            num_inference_steps=config.sample_steps,
-            guidance_scale=config.guidance_scale if classes else 1.0,
-            generator=[generator(run.device, run.config.seed, "grid", index) for index in mine],
-            output_type="pt",
-        ).images
+        for first in range(0, per_process, size):
+            chosen = mine[first : first + size]
+            labels = [index % columns * classes // columns for index in chosen] if classes else None
+            images += pipeline(
+                class_labels=labels,
+                num_inference_steps=config.sample_steps,
+                guidance_scale=config.guidance_scale if classes else 1.0,
+                generator=[generator(run.device, run.config.seed, "grid", index) for index in chosen],
+                output_type="pt",
+            ).images
+    images = torch.stack(images)
     images = accelerator.gather(images)[:count]
     if accelerator.is_main_process:
         save_grid(images * 2 - 1, run.folder / "samples" / name, columns=columns)

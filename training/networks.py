@@ -18,7 +18,7 @@ def new_autoencoder(config: Config) -> AutoencoderKL | AutoencoderDC:
 
 
 def new_denoiser(config: Config, data: ImageData, latent_shape: tuple[int, int, int]) -> UNet2DModel:
-    """The untrained U-Net of latents `latent_shape` = (channels, height, width); the same weights for the same seed."""
+    """The untrained U-Net of latents `latent_shape` = (channels, height, width); same seed, same weights."""
     torch.manual_seed(config.seed + 1)
     stage = config.denoiser
     labelled = data.id2label is not None if stage.class_conditional is None else stage.class_conditional
@@ -55,8 +55,10 @@ def check_networks(
     ):
         parts = num_processes * stage.gradient_accumulation_steps
         if stage.batch_size % parts:
-            raise ValueError(f"--{name}.batch_size {stage.batch_size} is no multiple of {num_processes} processes x "
-                             f"--{name}.gradient_accumulation_steps {stage.gradient_accumulation_steps}")  # fmt: skip
+            raise ValueError(
+                f"--{name}.batch_size {stage.batch_size} is no multiple of {num_processes} processes x "
+                f"--{name}.gradient_accumulation_steps {stage.gradient_accumulation_steps}"
+            )
         if stage.batch_size > count:
             raise ValueError(
                 f"--{name}.batch_size {stage.batch_size} is more than the {count} training images"
@@ -80,14 +82,20 @@ def latent_shape_of(autoencoder: AutoencoderKL | AutoencoderDC, config: Config) 
     resolution = config.data.resolution
     if resolution % (factor * halvings):
         raise ValueError(
-            f"--data.resolution {resolution} is no multiple of {factor * halvings}: the autoencoder downsamples by "
-            f"{factor} (--autoencoder.widths) and the denoiser by {halvings} (--denoiser.widths)"
+            f"--data.resolution {resolution} is no multiple of {factor * halvings}: the autoencoder "
+            f"downsamples by {factor} (--autoencoder.widths) and the denoiser by {halvings} "
+            "(--denoiser.widths)"
+        )
+    if config.autoencoder.equivariance and resolution // factor % 2:
+        raise ValueError(
+            f"--autoencoder.equivariance halves latents, and {resolution // factor} is odd: set it to 0 or "
+            "change --data.resolution"
         )
     if factor >= 8 and resolution <= 32:
         raise ValueError(
-            f"the autoencoder downsamples by {factor}, which leaves {resolution // factor}x{resolution // factor} "
-            f"latents of {resolution}-pixel images, too few to diffuse: use fewer --autoencoder.widths or a larger "
-            "--data.resolution"
+            f"the autoencoder downsamples by {factor}, which leaves "
+            f"{resolution // factor}x{resolution // factor} latents of {resolution}-pixel images, too few to "
+            "diffuse: use fewer --autoencoder.widths or a larger --data.resolution"
         )
     return described.latent_channels, resolution // factor, resolution // factor
 
@@ -99,6 +107,8 @@ def _existing(config: Config) -> AutoencoderKL | AutoencoderDC:
     except OSError as error:
         raise ValueError(f"--autoencoder.pretrained {source}: {error}") from error
     if autoencoder.config.in_channels != channels:
-        raise ValueError(f"--autoencoder.pretrained {source} takes {autoencoder.config.in_channels} channels, "
-                         f"--data.channels is {channels}")  # fmt: skip
+        raise ValueError(
+            f"--autoencoder.pretrained {source} takes {autoencoder.config.in_channels} channels, "
+            f"--data.channels is {channels}"
+        )
     return autoencoder

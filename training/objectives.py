@@ -8,7 +8,7 @@ from training.config import DenoiserConfig, objective_of
 
 
 def draw_timesteps(config: DenoiserConfig, uniform: Tensor) -> Tensor:
-    """Training timesteps `(N,)` from uniform numbers `(N,)` in [0, 1), by the inverse of their cumulative density."""
+    """Training timesteps `(N,)` from uniform numbers `(N,)` in [0, 1), by their inverse distribution."""
     if config.timestep_density == "logit_normal":
         uniform = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(uniform))
     return network_timesteps(config.prediction_type, uniform)
@@ -17,13 +17,13 @@ def draw_timesteps(config: DenoiserConfig, uniform: Tensor) -> Tensor:
 def network_timesteps(prediction_type: str, time: Tensor) -> Tensor:
     """Time in [0, 1], clean to noise, as the network knows it.
 
-    A flow has continuous time in [0, 1000]; epsilon and v have the integer indices 0 to 999 of their noise schedule.
+    A flow has continuous time in [0, 1000]; epsilon and v have the indices 0 to 999 of their noise schedule.
     """
     return 1000 * time if prediction_type == "flow_prediction" else (1000 * time).long().clamp(max=999)
 
 
 def stratified(uniform: Tensor) -> Tensor:
-    """One of N equal strata of [0, 1) for each of N uniform numbers: less noise in the loss, the same density.
+    """One of N equal strata of [0, 1) for each of N uniform numbers: less noisy losses, the same density.
 
     (Kingma et al., "Variational Diffusion Models", arXiv:2107.00630, appendix I.1.)
     """
@@ -62,7 +62,7 @@ class Uncertainty(nn.Module):
 def denoising_errors(
     unet: nn.Module, objective: dict, clean: Tensor, noise: Tensor, timesteps: Tensor, condition: Condition
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Squared error of the prediction, a mean `(N,)` over each latent, and the path's (alpha, sigma), `(N,)` each.
+    """Mean squared error of the prediction for each latent, `(N,)`, and the path's alpha and sigma, `(N,)`.
 
     Args:
         objective: the `objective` of an LDMPipeline.
@@ -95,7 +95,7 @@ class DenoisingLoss(nn.Module):
     def forward(
         self, clean: Tensor, noise: Tensor, timesteps: Tensor, condition: Condition
     ) -> tuple[Tensor, Tensor]:
-        """The loss to minimise `()` and the plain squared errors `(N,)`; arguments as in `denoising_errors`."""
+        """The loss to minimise `()` and the plain squared errors `(N,)`; arguments: `denoising_errors`."""
         errors, (alpha, sigma) = denoising_errors(
             self.unet, self.objective, clean, noise, timesteps, condition
         )

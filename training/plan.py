@@ -11,7 +11,7 @@ from training.ema import EMA
 from training.losses import AutoencoderLoss
 from training.networks import check_networks, latent_shape_of, new_autoencoder, new_denoiser
 from training.objectives import DenoisingLoss
-from training.order import batch_indices
+from training.order import batch_flips, batch_indices
 from training.report import save_grid
 from training.run import Run, build_optimizer
 
@@ -19,7 +19,7 @@ GIB = 2**30
 
 
 def describe_plan(run: Run) -> str:
-    """Parameters, memory, steps, images and time of both networks, from a few timed steps on random latents."""
+    """Parameters, memory, steps, images and time of both networks, from a few steps on random latents."""
     config = run.config
     autoencoder, denoiser = check_networks(config, run.data, run.accelerator.num_processes)
     shape = latent_shape_of(autoencoder, config)
@@ -32,7 +32,8 @@ def describe_plan(run: Run) -> str:
     epochs = config.denoiser.max_steps * config.denoiser.batch_size / len(run.data.train)
     if epochs > 400 and len(run.data.train) < 5000:
         lines.append(
-            f"warning: {len(run.data.train)} images, {epochs:.0f} epochs: expect copies of the training images"
+            f"warning: {len(run.data.train)} images, {epochs:.0f} epochs: "
+            "expect copies of the training images"
         )
     return "\n".join(lines)
 
@@ -56,8 +57,8 @@ def _measure(run: Run, name: str, config: OptimizationConfig, shape: tuple[int, 
     memory = (20 * parameters + activations) / GIB
     total = seconds * config.gradient_accumulation_steps * config.max_steps
     return (
-        f"{name}: {parameters / 1e6:.2f} M parameters, {memory:.2f} GiB a process, {config.max_steps} steps of "
-        f"{config.batch_size} images ({config.max_steps * config.batch_size:,}), "
+        f"{name}: {parameters / 1e6:.2f} M parameters, {memory:.2f} GiB a process, "
+        f"{config.max_steps} steps of {config.batch_size} images ({config.max_steps * config.batch_size:,}), "
         f"{part * run.accelerator.num_processes / seconds:.0f} images/s, about {total / 60:.1f} minutes"
     )
 
@@ -90,10 +91,11 @@ def _time_step(run: Run, module: nn.Module, config: OptimizationConfig, forward)
 
 def draw_data(run: Run) -> str:
     """Draw the first images of the first epoch as the networks will see them; says where."""
-    path = run.folder / "samples" / "data.png"
+    path, seed, data = run.folder / "samples" / "data.png", run.config.seed, run.data.train
     if run.accelerator.is_main_process:
-        indices = batch_indices(run.config.seed, 0, min(64, len(run.data.train)), len(run.data.train))
-        save_grid(
-            torch.stack([run.data.train[index, False]["images"] for index in indices.tolist()]), path, 8
-        )
+        count = min(64, len(data))
+        flips = batch_flips(seed, 0, count) & run.config.data.horizontal_flip
+        items = zip(batch_indices(seed, 0, count, len(data)).tolist(), flips.tolist(), strict=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_grid(torch.stack([data[item]["images"] for item in items]), path, 8)
     return f"what the networks will see: {path}"

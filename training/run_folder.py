@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
 from training.checkpoint import atomic_write
-from training.config import Config, OptimizationConfig
+from training.config import Config
 
 # The stages in order, and what each leaves in the run folder.
 STAGES = {
@@ -17,65 +17,103 @@ STAGES = {
     "denoiser": ["denoiser", "pipeline"],
     "evaluation": ["metrics.json"],
 }
+# What may differ between a run and its continuation: how long and how fast, not what.
+FREE = {
+    "max_steps",
+    "learning_rate",
+    "warmup_steps",
+    "decay_fraction",
+    "max_grad_norm",
+    "compile",
+    "num_workers",
+}
+FREE |= {"gradient_accumulation_steps", "log_every", "validate_every", "sample_every", "checkpoint_every"}
+FREE |= {"keep_checkpoints", "sample_steps", "guidance_scale", "resident"}
 
 
-def open_run(config: Config) -> Path:
-    """Create or reopen the run folder of `config`, forget the stages to redo, and store the configuration.
-
-    A continued run may change how long and how fast it trains; what else differs from the stored configuration is
-    refused where a stage already has results, since they would not be those of its configuration.
+def check_folder(config: Config) -> None:
+    """Whether the run folder may be used for `config`; prints what differs from the stored configuration.
 
     Raises:
-        ValueError: if the folder is not a run folder, or is one of another configuration.
+        ValueError: if it is not a run folder, or holds results of another configuration.
     """
     run = Path(config.output_dir)
-    stored = run / "config.yaml"
     if run.exists() and not run.is_dir():
         raise ValueError(f"--output_dir {run} is a file: choose a folder")
-    if run.is_dir() and any(run.iterdir()) and not stored.exists():
+    ours = (run / "config.yaml").exists() or (run / "data.json").exists()
+    if run.is_dir() and any(run.iterdir()) and not ours:
         raise ValueError(f"{run} is not empty and not a run folder: choose another --output_dir")
-    stages = list(STAGES)
-    first_redone = min((stages.index(stage) for stage in config.redo), default=len(stages))
-    now = _stored(config)
-    if stored.exists():
-        kept = [stage for stage in stages[:first_redone] if (run / stage).exists()]
-        changes = dict(_differences(yaml.safe_load(stored.read_text()), now))
-        for key, (old, new) in changes.items():
-            print(f"configuration changed: {key}: {old} -> {new}")
-        if fatal := [key for key in changes if not _may_change(key, kept)]:
-            raise ValueError(
-                f"{run} holds results of another configuration ({', '.join(fatal)} changed): choose another "
-                f"--output_dir, set them back, or do these stages again: --redo '[{kept[0]}]'"
-            )
-    for result in [run / name for stage in stages[first_redone:] for name in STAGES[stage]]:
-        if result.is_dir():
-            shutil.rmtree(result)
-        else:
-            result.unlink(missing_ok=True)
-    run.mkdir(parents=True, exist_ok=True)
-    atomic_write(stored, yaml.safe_dump(now, sort_keys=False).encode())
+    kept = [stage for stage in list(STAGES)[: _first_redone(config)] if (run / STAGES[stage][0]).exists()]
+    fatal = {}
+    for key, (old, new) in _differences(_read(run), _remembered(config)):
+        print(f"configuration changed: {key}: {old} -> {new}")
+        if stage := _bound_stage(key, kept):
+            fatal[key] = stage
+    if fatal:
+        first = min(fatal.values(), key=list(STAGES).index)
+        raise ValueError(
+            f"{run} holds results of another configuration ({', '.join(fatal)} changed): choose another "
+            f"--output_dir, set them back, or do it again from there: --redo '[{first}]'"
+        )
+
+
+def open_folder(config: Config) -> Path:
+    """Create the run folder, drop the stages to redo, store the configuration; call `check_folder` before.
+
+    `--redo` is remembered until the run has ended, so the same command continues what it has begun.
+    """
+    run = Path(config.output_dir)
+    if config.redo and config.redo != _read(run).get("redo"):
+        for result in [
+            run / name for stage in list(STAGES)[_first_redone(config) :] for name in STAGES[stage]
+        ]:
+            if result.is_dir():
+                shutil.rmtree(result)
+            else:
+                result.unlink(missing_ok=True)
+    (run / "samples").mkdir(parents=True, exist_ok=True)
+    _write(run, _remembered(config) | {"redo": config.redo})
     return run
 
 
-def _stored(config: Config) -> dict:
-    """What a run remembers: all but what concerns a single call, with tuples as the lists that YAML knows."""
+def close_folder(run: Path) -> None:
+    """Forget a finished `--redo`: the next one starts anew."""
+    _write(run, _read(run) | {"redo": []})
+
+
+def _first_redone(config: Config) -> int:
+    return min((list(STAGES).index(stage) for stage in config.redo), default=len(STAGES))
+
+
+def _read(run: Path) -> dict:
+    stored = run / "config.yaml"
+    return yaml.safe_load(stored.read_text()) if stored.exists() else {}
+
+
+def _write(run: Path, tree: dict) -> None:
+    atomic_write(run / "config.yaml", yaml.safe_dump(tree, sort_keys=False).encode())
+
+
+def _remembered(config: Config) -> dict:
+    """All but what concerns a single call, with tuples as the lists that YAML knows."""
     tree = json.loads(json.dumps(asdict(config)))
     return {key: value for key, value in tree.items() if key not in ("redo", "dry_run", "output_dir")}
 
 
 def _differences(old: dict, new: dict, prefix: str = ""):
-    for key in {**old, **new}:
-        a, b = old.get(key), new.get(key)
+    for key in new if old else ():
+        a, b = old.get(key), new[key]
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _differences(a, b, f"{prefix}{key}.")
         elif a != b:
             yield prefix + key, (a, b)
 
 
-def _may_change(key: str, kept: list[str]) -> bool:
-    """Whether `key` may differ from the stored configuration when the stages `kept` have results."""
+def _bound_stage(key: str, kept: list[str]) -> str | None:
+    """The first of the stages `kept`, which have results, that a change of `key` would make obsolete."""
     section, _, option = key.partition(".")
-    free = {f.name for f in fields(OptimizationConfig)} | {"num_workers", "resident"}
     if section in ("data", "seed"):
-        return not kept or option in free
-    return not option or section not in kept or option in free
+        return None if option in FREE or not kept else kept[0]
+    if section == "autoencoder" and "denoiser" in kept:
+        return "autoencoder"  # even a longer training: the denoiser has learnt this autoencoder's latents
+    return section if option and section in kept and section != "evaluation" and option not in FREE else None

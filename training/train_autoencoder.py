@@ -1,12 +1,14 @@
 """Stage 1: train the autoencoder, or take an existing one."""
 
+import tempfile
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
 from ldm_pipeline.models import load_autoencoder
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints, atomic_write
 from training.ema import EMA
 from training.losses import (
     AutoencoderLoss,
@@ -14,22 +16,24 @@ from training.losses import (
     adaptive_weight,
     discriminator_loss,
     generator_loss,
+    last_layer,
     perceptual_distance,
 )
 from training.metrics import measure_reconstruction
 from training.networks import latent_shape_of, new_autoencoder
 from training.order import StepSampler, generator, slice_of_batch
-from training.run import Run, RunLog, build_optimizer, start
+from training.run import Run, build_optimizer
+from training.run_log import RunLog
+from training.script import main
 
 
 def train_autoencoder(run: Run) -> None:
     """Leave `autoencoder/` in the run folder: a stock Diffusers autoencoder with averaged weights."""
     config, data, accelerator = run.config.autoencoder, run.config.data, run.accelerator
     folder = run.folder / "autoencoder"
-    if (done := run.done("autoencoder")) and (config.pretrained or done["steps"] >= config.max_steps):
-        run.print(
-            f"autoencoder: {folder} stands ({done['steps']} steps); --redo '[autoencoder]' trains it again"
-        )
+    done = run.done("autoencoder")
+    if done and (config.pretrained or done["steps"] >= config.max_steps):
+        run.print(f"autoencoder: {folder} stands; --redo '[autoencoder]' does it again")
         return
     if config.pretrained:
         save_autoencoder(run, load_autoencoder(config.pretrained))
@@ -48,7 +52,7 @@ def train_autoencoder(run: Run) -> None:
         discriminator_optimizer = build_optimizer(config, discriminator)
         states |= {"discriminator": discriminator, "discriminator_optimizer": discriminator_optimizer}
     checkpoints = Checkpoints(folder, states, config.keep_checkpoints)
-    record = checkpoints.restore()
+    record = checkpoints.restore(config.max_steps)
     if config.compile:
         trained.compile()
     model = accelerator.prepare(trained)
@@ -82,9 +86,8 @@ def train_autoencoder(run: Run) -> None:
                 if adversarial:
                     with accelerator.autocast():
                         fooled = generator_loss(discriminator, reconstruction)
-                    last = autoencoder.decoder.conv_out.weight
                     terms["adversarial"] = fooled
-                    terms["adaptive_weight"] = adaptive_weight(loss, fooled, last)
+                    terms["adaptive_weight"] = adaptive_weight(loss, fooled, last_layer(autoencoder))
                     loss = loss + config.gan_weight * terms["adaptive_weight"] * fooled
                 accelerator.backward(loss / parts)
             if adversarial:
@@ -97,7 +100,8 @@ def train_autoencoder(run: Run) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if adversarial:
-            accelerator.clip_grad_norm_(discriminator.parameters(), config.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(discriminator.parameters(), config.max_grad_norm)
+            log.add({"discriminator_grad_norm": norm})
             discriminator_optimizer.step()
             discriminator_optimizer.zero_grad()
         ema.update((step + 1) * batch, batch)
@@ -121,10 +125,15 @@ def train_autoencoder(run: Run) -> None:
 
 
 def save_autoencoder(run: Run, autoencoder: torch.nn.Module) -> None:
-    """Write the finished autoencoder beside its checkpoints; `done.json`, written after it, makes it count."""
+    """Write the finished autoencoder beside its checkpoints, each file whole; `done.json` makes it count."""
     if run.accelerator.is_main_process:
-        autoencoder.save_pretrained(run.folder / "autoencoder", safe_serialization=True)
+        folder = run.folder / "autoencoder"
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as aside:
+            autoencoder.save_pretrained(aside, safe_serialization=True)
+            for path in Path(aside).iterdir():
+                atomic_write(folder / path.name, path.read_bytes())
 
 
 if __name__ == "__main__":
-    train_autoencoder(start())
+    main(autoencoder=train_autoencoder)

@@ -1,6 +1,7 @@
 """Stage 3: train the denoiser on the latents."""
 
 import json
+import shutil
 from contextlib import nullcontext
 
 import torch
@@ -15,14 +16,17 @@ from training.metrics import draw_grid, validation_loss
 from training.networks import new_denoiser
 from training.objectives import DenoisingLoss, draw_timesteps, stratified
 from training.order import batch_flips, batch_indices, generator, slice_of_batch
-from training.run import Run, RunLog, build_optimizer, start
+from training.run import Run, build_optimizer
+from training.run_log import RunLog
+from training.script import main
 
 
 def train_denoiser(run: Run) -> None:
-    """Leave `pipeline/` in the run folder: autoencoder, averaged denoiser and a sampler, loadable by anybody."""
+    """Leave `pipeline/` in the run folder: autoencoder, averaged denoiser and a sampler."""
     config, accelerator, device = run.config.denoiser, run.accelerator, run.device
     folder = run.folder / "denoiser"
-    key = json.loads((run.folder / "latents" / "manifest.json").read_text())["key"]
+    manifest = run.require(run.folder / "latents" / "manifest.json", "encode_latents.py")
+    key = json.loads(manifest.read_text())["key"]
     if _stands(run, key):
         return
 
@@ -40,11 +44,15 @@ def train_denoiser(run: Run) -> None:
     checkpoints = Checkpoints(
         folder, {"model": trained, "ema": ema, "optimizer": optimizer}, config.keep_checkpoints
     )
-    record = checkpoints.restore()
+    record = checkpoints.restore(config.max_steps)
     if record.setdefault("latents", key) != key:
         raise ValueError(f"{folder} was trained on other latents than there are now: --redo '[denoiser]'")
     pipeline = LDMPipeline(
-        autoencoder, unet, build_scheduler(trained.objective), trained.objective, run.data.id2label
+        autoencoder,
+        unet,
+        build_scheduler(trained.objective),
+        trained.objective,
+        run.data.id2label if unet.config.num_class_embeds else None,
     )
     if config.compile:
         unet.compile()
@@ -59,7 +67,9 @@ def train_denoiser(run: Run) -> None:
             torch.manual_seed(generator("cpu", run.config.seed, "dropout", step, place[0]).initial_seed())
         for part in range(place[2]):
             share = slice_of_batch(config.batch_size, *place, part)
-            clean = latents.batch(*(batch[name][share] for name in ("indices", "flips", "posterior_noise")))
+            clean = log.wait(
+                latents.batch, *(batch[name][share] for name in ("indices", "flips", "posterior_noise"))
+            )
             condition = condition_of(latents, unet, batch["indices"][share], batch["dropped"][share])
             with nullcontext() if part == place[2] - 1 else accelerator.no_sync(model):
                 loss, errors = model(clean, batch["noise"][share], batch["timesteps"][share], condition)
@@ -94,18 +104,16 @@ def train_denoiser(run: Run) -> None:
 def _stands(run: Run, key: dict) -> bool:
     """Whether the result is there already; it must be one of the present latents."""
     done = run.done("denoiser")
-    if not done or done["steps"] < run.config.denoiser.max_steps:
+    if not done or done["steps"] < run.config.denoiser.max_steps or not (run.folder / "pipeline").exists():
         return False
     if done["latents"] != key:
         raise ValueError(f"{run.folder / 'denoiser'} was trained on other latents: --redo '[denoiser]'")
-    run.print(
-        f"denoiser: {run.folder / 'pipeline'} stands ({done['steps']} steps); --redo '[denoiser]' trains it again"
-    )
+    run.print(f"denoiser: {run.folder / 'pipeline'} stands; --redo '[denoiser]' does it again")
     return True
 
 
 def check_scale(run: Run, latents: LatentSet) -> None:
-    """Refuse latents that the autoencoder's statistics do not normalise: the denoiser would learn another noise level.
+    """Refuse latents that are not normalised: the denoiser would learn another noise level.
 
     Raises:
         ValueError: if the deviation of up to 2,048 images is not between 0.8 and 1.25.
@@ -117,15 +125,15 @@ def check_scale(run: Run, latents: LatentSet) -> None:
     deviation = latents.batch(indices, torch.zeros_like(indices), noise).std().item()
     if not 0.8 <= deviation <= 1.25:
         raise ValueError(
-            f"the normalised latents have deviation {deviation:.3f}, wanted 0.8 to 1.25: latents_mean and latents_std "
-            f"in {run.folder / 'autoencoder' / 'config.json'} are not those of {run.folder / 'latents'}; measure them "
-            "again with --redo '[latents]'"
+            f"the normalised latents have deviation {deviation:.3f}, wanted 0.8 to 1.25: the statistics "
+            f"in {run.folder / 'autoencoder' / 'config.json'} are not those of "
+            f"{run.folder / 'latents'}; measure them again with --redo '[latents]'"
         )
     run.print(f"latents: normalised deviation {deviation:.3f}")
 
 
 def draw_batch(run: Run, latents: LatentSet, step: int) -> dict[str, Tensor]:
-    """Everything random of the global batch of `step`, a function of (seed, step); each process takes its slice."""
+    """Everything random of the global batch of `step`, a function of (seed, step); to be sliced."""
     config, seed, size, device = (
         run.config.denoiser,
         run.config.seed,
@@ -159,10 +167,11 @@ def save_pipeline(run: Run, pipeline: LDMPipeline) -> None:
     """Write the pipeline folder whole, or not at all."""
     if run.accelerator.is_main_process:
         aside = run.folder / ".pipeline.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
         pipeline.save_pretrained(aside)
         move_into_place(aside, run.folder / "pipeline")
     run.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":
-    train_denoiser(start())
+    main(denoiser=train_denoiser)
