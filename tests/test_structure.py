@@ -63,7 +63,8 @@ def test_every_configuration_is_valid(path):
     assert parse_config(["--config", str(path)]).output_dir == f"runs/{path.stem}"
 
 
-def test_every_command_and_flag_of_the_readme_exists():
+def test_every_command_and_flag_of_the_readme_exists(monkeypatch):
+    monkeypatch.chdir(ROOT)
     commands = re.findall(r"^(?:accelerate launch|python|make) .*(?:\\\n.*)*", README, re.MULTILINE)
     assert len(commands) >= 4
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -216,7 +216,7 @@ class Config:
 
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None):
-        """Say which known option an unknown one resembles, before the usual exit with code 2."""
+        """Exit with code 2, saying which known option an unknown one resembles; not all options, as usual."""
         known = [action.dest for action in self._actions]
         for group, option in re.findall(
             r"(?:Group '([\w.]+)' does not accept option|--)[ ']*([\w.]+)", message
@@ -224,7 +224,7 @@ class _Parser(ArgumentParser):
             name = f"{group}.{option}" if group else option
             if name not in known and (near := difflib.get_close_matches(name, known, n=1, cutoff=0.5)):
                 message += f". {name} is unknown; did you mean {near[0]}?"
-        super().error(message, ex)
+        self.exit(2, f"error: {message}\nAll options: --help\n")
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
