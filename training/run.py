@@ -29,7 +29,6 @@ class Run:
     accelerator: Accelerator
     folder: Path
     data: ImageData
-    scan: Scan
 
     @property
     def device(self) -> torch.device:
@@ -90,7 +89,7 @@ def start(stages: list[str], argv: list[str] | None = None) -> Run:
     if accelerator.is_main_process and not config.dry_run:
         open_folder(config)
     accelerator.wait_for_everyone()
-    return Run(config, accelerator, Path(config.output_dir), data, found)
+    return Run(config, accelerator, Path(config.output_dir), data)
 
 
 def _accelerator(config: Config) -> Accelerator:
@@ -102,9 +101,8 @@ def _accelerator(config: Config) -> Accelerator:
         # `accelerate launch` gives a CPU process one thread unless told.
         if os.environ.get("OMP_NUM_THREADS", "1") == "1":
             torch.set_num_threads(cpu_threads())
-        torch.set_flush_denormal(
-            True
-        )  # SiLU of -90 is one, and a convolution of them takes three times as long
+        # SiLU of -90 is a denormal number, and a convolution of those takes three times as long.
+        torch.set_flush_denormal(True)
     if missing := [name for name in config.trackers if find_spec(name) is None]:
         state.print(
             f"not installed, so without them: {', '.join(missing)} (pip install 'ldm-pipeline[trackers]')"
