@@ -44,6 +44,6 @@ def environment() -> dict[str, str]:
 def tiny_run(tmp_path_factory) -> Path:
     """The run folder of the whole main job on the tiny configuration."""
     folder = tmp_path_factory.mktemp("tiny") / "run"
-    finished = launch("train_ldm.py", "--output_dir", folder)
+    finished = launch("train_ldm.py", "--output_dir", folder, "--trackers", "[tensorboard]")
     (folder.parent / "stdout.txt").write_text(finished.stdout)
     return folder

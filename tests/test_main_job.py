@@ -62,6 +62,21 @@ def test_images_in_pipeline_out(tiny_run):
     assert not list(tiny_run.rglob("*.tmp*"))
 
 
+def test_tensorboard_gets_each_stage_apart_with_all_its_numbers(tiny_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for stage, names in (
+        ("autoencoder", {"loss", "psnr"}),
+        ("denoiser", {"val_loss", "val_loss_by_timestep_7"}),
+    ):
+        events = EventAccumulator(str(tiny_run / "logs" / f"run-{stage}")).Reload()
+        tags = set(events.Tags()["scalars"])
+        assert {f"{stage}/{name}" for name in names} <= tags and {tag.split("/")[0] for tag in tags} == {
+            stage
+        }
+        assert [event.step for event in events.Scalars(f"{stage}/loss")] == [2, 4, 6, 8, 10, 12]
+
+
 def test_the_printed_lines_draw_a_picture(tiny_run, tmp_path):
     printed = (tiny_run.parent / "stdout.txt").read_text()
     code = printed[printed.index("from ldm_pipeline") :]
@@ -78,8 +93,12 @@ def test_finished_stages_are_skipped_and_can_be_redone(tiny_run):
     assert again.count("stands") == 4
     assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.safetensors")} == before
     figures = (tiny_run / "metrics.json").read_text()
-    redone = launch("evaluate_ldm.py", "--output_dir", tiny_run, "--redo", "[evaluation]").stdout
-    assert "stands" not in redone
+    redo = ("--output_dir", tiny_run, "--redo", "[evaluation]")
+    refused = launch("evaluate_ldm.py", *redo, "--denoiser.norm_groups", "7", check=False)
+    assert (
+        refused.returncode != 0 and (tiny_run / "metrics.json").exists()
+    )  # nothing goes before all is checked
+    assert "stands" not in launch("evaluate_ldm.py", *redo).stdout
     assert json.loads((tiny_run / "metrics.json").read_text())["psnr"] == json.loads(figures)["psnr"]
 
 
@@ -138,7 +157,8 @@ def test_two_processes_train_what_one_does(tmp_path):
             ["--denoiser.zero_terminal_snr", "true", "--denoiser.prediction_type", "epsilon"],
             "zero_terminal_snr",
         ),
-        (["--denoiser.max_stps", "4"], "denoiser.max_steps"),
+        (["--denoiser.max_stps", "4"], "did you mean denoiser.max_steps"),
+        (["--autoencoder.gan_weight", "1"], "the discriminator would never start"),
         (["--autoencoder.lpips_weight", "1"], "ldm-pipeline[lpips]"),
         (["--autoencoder.pretrained", "no/such/autoencoder"], "--autoencoder.pretrained"),
     ],
@@ -183,6 +203,8 @@ def test_stages_run_alone_and_a_new_autoencoder_makes_new_latents(tmp_path):
     assert launch("train_autoencoder.py", *options).returncode == 0
     launch("encode_latents.py", *options)
     longer = ("--output_dir", tmp_path, "--autoencoder.max_steps", "6")
+    missing = launch("train_denoiser.py", "--output_dir", tmp_path / "other", check=False)
+    assert "encode_latents.py first" in missing.stderr
     assert "autoencoder.max_steps: 4 -> 6" in launch("train_autoencoder.py", *longer).stdout
     assert (
         "encoded again, because these changed: autoencoder weights"

@@ -12,7 +12,7 @@ from ldm_pipeline.pipeline import LDMPipeline
 from training.checkpoint import file_sha256, write_json
 from training.latents import LatentSet
 from training.metrics import draw_grid, measure_reconstruction, validation_loss
-from training.run import Run
+from training.run import Run, cpu_capabilities
 from training.script import main
 
 
@@ -57,7 +57,7 @@ def hardware(run: Run) -> str:
     processes = run.accelerator.num_processes
     if run.device.type == "cuda":
         return f"{processes} x {torch.cuda.get_device_name(run.device)}, {run.accelerator.mixed_precision}"
-    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
+    name = cpu_capabilities().get("cpu_name") or platform.processor()
     return f"{name}, {processes} x {torch.get_num_threads()} threads, {run.accelerator.mixed_precision}"
 
 

@@ -63,10 +63,13 @@ def measure_reconstruction(run: Run, autoencoder: nn.Module, limit: int, name: s
             ):
                 sums[i] += values.sum().to(sums)
             if number == 0 and accelerator.is_main_process:
-                rows = [row for pair in zip(pixels.split(8), decoded.split(8), strict=True) for row in pair][
-                    :8
-                ]
-                save_grid(torch.cat(rows), run.folder / "samples" / name, columns=8)
+                columns = min(8, len(pixels))
+                whole = len(pixels) // columns * columns
+                pairs_of_rows = zip(
+                    pixels[:whole].split(columns), decoded[:whole].split(columns), strict=True
+                )
+                rows = [row for pair in pairs_of_rows for row in pair][:8]
+                save_grid(torch.cat(rows), run.folder / "samples" / name, columns)
     sums = accelerator.reduce(sums, "sum")
     return {"psnr": (sums[0] / sums[2]).item(), "ssim": (sums[1] / sums[2]).item()}
 
@@ -132,7 +135,6 @@ def draw_grid(run: Run, pipeline: LDMPipeline, name: str, rows: int = 4) -> None
                 generator=[generator(run.device, run.config.seed, "grid", index) for index in chosen],
                 output_type="pt",
             ).images
-    images = torch.stack(images)
-    images = accelerator.gather(images)[:count]
+    images = accelerator.gather(torch.stack(images))[:count]
     if accelerator.is_main_process:
         save_grid(images * 2 - 1, run.folder / "samples" / name, columns=columns)

@@ -10,7 +10,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    set_seed,
+)
 from torch import nn
 
 from training.checkpoint import write_json
@@ -112,7 +117,7 @@ def _accelerator(config: Config) -> Accelerator:
         # The loops divide by their own number of parts; the launcher's option would do it once more.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=[name for name in config.trackers if name not in missing] or None,
-        project_dir=config.output_dir,
+        project_config=ProjectConfiguration(config.output_dir, logging_dir=f"{config.output_dir}/logs"),
     )
     set_seed(config.seed)
     return accelerator
@@ -124,10 +129,13 @@ def choose_precision(setting: str, device: str) -> str:
         return setting
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    capabilities = (
-        getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
-    )  # new in recent torch
+    capabilities = cpu_capabilities() if device == "cpu" else {}
     return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "no"
+
+
+def cpu_capabilities() -> dict:
+    """What torch knows of the processor; nothing, if it is too old to tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def cpu_threads() -> int:
