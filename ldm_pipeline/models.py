@@ -11,6 +11,15 @@ from diffusers import (
     UNet2DModel,
     UniPCMultistepScheduler,
 )
+from huggingface_hub import snapshot_download
+
+from ldm_pipeline.pipeline import (
+    check_model_folder,
+    check_weights,
+    forget_local_path,
+    model_folder,
+    read_json,
+)
 
 
 def build_autoencoder(
@@ -33,11 +42,16 @@ def build_autoencoder(
     Raises:
         ValueError: for numbers that the class cannot serve.
     """
-    if len(blocks) != len(widths):
-        raise ValueError(f"blocks {list(blocks)} and widths {list(widths)} must have one entry a level each")
+    if not widths or len(blocks) != len(widths):
+        raise ValueError(
+            f"autoencoder.blocks {list(blocks)} and autoencoder.widths {list(widths)} must have one entry a "
+            "level each"
+        )
     if kind == "AutoencoderKL":
         if len(set(blocks)) != 1 or blocks[0] < 1:
-            raise ValueError(f"AutoencoderKL wants one number of blocks for all levels, found {list(blocks)}")
+            raise ValueError(
+                f"autoencoder.blocks {list(blocks)}: AutoencoderKL wants one number, 1 or more, in all levels"
+            )
         groups = next(g for g in (32, 16, 8, 4, 2, 1) if all(width % g == 0 for width in widths))
         return AutoencoderKL(
             in_channels=channels,
@@ -53,6 +67,7 @@ def build_autoencoder(
             mid_block_add_attention=False,
         )
     if kind == "AutoencoderDC":
+        _check_dc(widths, blocks, latent_channels)
         none = ((),) * len(widths)
         return AutoencoderDC(
             in_channels=channels,
@@ -67,18 +82,53 @@ def build_autoencoder(
     raise ValueError(f"unknown autoencoder {kind!r}: want AutoencoderKL or AutoencoderDC")
 
 
+def _check_dc(widths: Sequence[int], blocks: Sequence[int], latent_channels: int) -> None:
+    """Refuse what AutoencoderDC would build and then fail in, or with a bare assertion.
+
+    Its shortcuts average or repeat whole groups of channels, and pixels are unshuffled four to one. Only the
+    first level may be left out (0 blocks: the image goes to the second at once), or the last have no blocks.
+    """
+    if min(blocks) < 0 or 0 in blocks[1:-1] or (blocks[0] == 0 and len(blocks) == 1):
+        raise ValueError(
+            f"autoencoder.blocks {list(blocks)}: AutoencoderDC takes 0 for the first and the last of several "
+            "levels only"
+        )
+    if widths[-1] % latent_channels:
+        raise ValueError(
+            f"autoencoder.latent_channels {latent_channels}: AutoencoderDC wants a divisor of the last of "
+            f"autoencoder.widths {list(widths)}"
+        )
+    first = 0 if blocks[0] else 1
+    if any(width % 4 for width in widths[1:]) or any(
+        4 * fine % coarse for fine, coarse in zip(widths[first:], widths[first + 1 :], strict=False)
+    ):
+        raise ValueError(
+            f"autoencoder.widths {list(widths)}: AutoencoderDC wants multiples of 4 after the first level, "
+            "each a divisor of four times the one before"
+        )
+
+
 def load_autoencoder(source: str | Path) -> AutoencoderKL | AutoencoderDC:
     """An existing autoencoder from a local folder or a Hub id, whichever of the two classes it is.
 
+    Only safetensors are read, and exactly the weights of its class or none.
+
     Raises:
-        ValueError: if it is of another class.
+        ValueError: if it is of another class, or if its files are damaged.
         OSError: if there is none at `source`.
     """
-    kind = AutoencoderKL.load_config(source).get("_class_name")
-    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
-    if kind not in classes:
+    names = ["config.json", *(f"diffusion_pytorch_model{n}" for n in (".safetensors*", "-*.safetensors"))]
+    folder = model_folder(str(source), lambda: snapshot_download(str(source), allow_patterns=names))
+    kind = read_json(folder / "config.json").get("_class_name")
+    classes = {c.__name__: c for c in (AutoencoderKL, AutoencoderDC)}
+    if str(kind) not in classes:
         raise ValueError(f"{source} holds a {kind}: want {' or '.join(classes)}")
-    return classes[kind].from_pretrained(source, use_safetensors=True)
+    check_model_folder(classes[kind], folder)
+    autoencoder = classes[kind].from_pretrained(folder, use_safetensors=True)
+    autoencoder.register_to_config(_name_or_path=str(source))
+    forget_local_path(autoencoder)
+    check_weights(autoencoder, str(source))
+    return autoencoder
 
 
 def build_unet(
@@ -104,6 +154,8 @@ def build_unet(
     Raises:
         ValueError: if the latents cannot be halved that often, or a width is no multiple of a group or head.
     """
+    if not widths:
+        raise ValueError("denoiser.widths is empty: want one number or more")
     attention = [False] * len(widths) if attention is None else list(attention)
     size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
     halvings = 2 ** (len(widths) - 1)
@@ -119,6 +171,11 @@ def build_unet(
         )
     if bad := [width for width in widths if width % norm_groups]:
         raise ValueError(f"denoiser.widths {bad} are no multiples of denoiser.norm_groups {norm_groups}")
+    if all(side == halvings for side in size) and norm_groups in widths[-2:]:
+        raise ValueError(
+            f"denoiser.norm_groups {norm_groups} would normalise single numbers in the last of "
+            f"denoiser.widths {list(widths)}, which has 1x1 pixels: lower it, or use fewer levels"
+        )
     heads = [w for w, attend in zip(widths, attention, strict=True) if attend] + [widths[-1]]
     if bad := [width for width in heads if width % attention_head_dim]:
         raise ValueError(

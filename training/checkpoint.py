@@ -1,9 +1,5 @@
-"""Files that are whole or absent: written aside, fsynced and renamed; and checkpoints made of them."""
+"""The checkpoints of a stage: from one of them it continues as if it had never stopped."""
 
-import hashlib
-import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,115 +8,127 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-
-def atomic_write(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+from training.config import OptimizationConfig
+from training.errors import RunError
+from training.files import discard, read_json, replacing, write_json
+from training.sharding import fill, reshard, whole
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as readable JSON, atomically."""
-    atomic_write(path, (json.dumps(value, indent=2) + "\n").encode())
+def found_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a stage's folder, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    return sorted(found, key=_step_of)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file, atomically."""
-    aside = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, aside)
-    _fsync(aside)
-    os.replace(aside, path)
-
-
-def move_into_place(aside: Path, target: Path) -> None:
-    """Flush the finished folder `aside` to the disk and rename it to `target`, replacing what is there."""
-    for path in [*aside.rglob("*"), aside]:
-        _fsync(path)
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
-    _fsync(target.parent)
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def _step_of(path: Path) -> int:
+    return int(path.name.split("-")[-1])
 
 
 class Checkpoints:
     """The checkpoints of one stage: `<folder>/checkpoint-<step>`, each whole or absent.
 
-    A checkpoint holds one safetensors file for each module and average, one `.pt` file for each optimizer
-    (read with `weights_only=True`), and `state.json` with the step and what else the loop must remember.
+    A checkpoint holds one safetensors file for each network, average and optimizer, and `state.json` with the
+    step and what else the loop must remember. No pickle.
 
     Args:
         folder: the stage's folder.
-        states: what has `state_dict()` and `load_state_dict()`, by file name without suffix.
-        keep: newest checkpoints that are kept.
+        states: networks, averages and optimizers, by file name without suffix.
+        config: which checkpoints are kept.
     """
 
-    def __init__(self, folder: Path, states: dict[str, Any], keep: int):
+    def __init__(self, folder: Path, states: dict[str, Any], config: OptimizationConfig):
         self.folder = folder
         self.states = states
-        self.keep = keep
-
-    def _found(self) -> list[Path]:
-        found = [path for path in self.folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-        return sorted(found, key=lambda path: int(path.name.split("-")[-1]))
+        self.config = config
 
     def save(self, accelerator: Accelerator, step: int, record: dict) -> None:
-        """Write checkpoint `step` aside, rename it into place, drop the oldest; every process calls this."""
-        if accelerator.is_main_process:
-            self._save(step, record)
-        accelerator.wait_for_everyone()
-
-    def _save(self, step: int, record: dict) -> None:
-        target = self.folder / f"checkpoint-{step}"
-        aside = self.folder / f".{target.name}.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for name, state in self.states.items():
-            if isinstance(state, torch.optim.Optimizer):
-                torch.save(state.state_dict(), aside / f"{name}.pt")
-            else:
-                tensors = {
-                    key: value.detach().cpu().contiguous() for key, value in state.state_dict().items()
-                }
-                save_file(tensors, aside / f"{name}.safetensors")
-        write_json(aside / "state.json", {"step": step, **record})
-        move_into_place(aside, target)
-        for old in self._found()[: -self.keep]:
-            shutil.rmtree(old)
-
-    def restore(self, max_steps: int) -> dict:
-        """Load the newest checkpoint, if there is one, and return its record (`{"step": 0}` otherwise).
+        """Write checkpoint `step`, then drop those that need not be kept; every process calls this.
 
         Raises:
-            ValueError: if it is beyond `max_steps`.
+            RunError: it cannot be written, or a weight is not finite; the older checkpoints stay.
         """
-        found = self._found()
+        files = {
+            name: {key: whole(value) for key, value in _tensors_of(state).items()}
+            for name, state in self.states.items()
+        }
+        if accelerator.is_main_process:
+            self._save(step, record, files)
+        accelerator.wait_for_everyone()
+
+    def _save(self, step: int, record: dict, files: dict[str, dict[str, Tensor]]) -> None:
+        for name, tensors in files.items():
+            if bad := [key for key, value in tensors.items() if not value.isfinite().all()]:
+                raise RunError(
+                    f"{name} is not finite after step {step} ({bad[0]}), so it is not saved: lower "
+                    f"--{self.folder.name}.learning_rate"
+                )
+        size = sum(value.nbytes for tensors in files.values() for value in tensors.values())
+        self.folder.mkdir(exist_ok=True)
+        with replacing(self.folder / f"checkpoint-{step}", size) as aside:
+            aside.mkdir()
+            for name, tensors in files.items():
+                tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
+                save_file(tensors, aside / f"{name}.safetensors")
+            write_json(aside / "state.json", {"step": step, **record})
+        self._rotate()
+
+    def _rotate(self) -> None:
+        every = self.config.keep_every
+        for old in found_checkpoints(self.folder)[: -self.config.keep_checkpoints]:
+            if not every or _step_of(old) % every:
+                discard(old)
+
+    def restore(self, accelerator: Accelerator) -> dict:
+        """Load the newest checkpoint, if there is one, and return its record (`{"step": 0}` otherwise).
+
+        Every process calls this.
+
+        Raises:
+            RunError: if it is beyond the run's last step, damaged, or of other networks.
+        """
+        found = found_checkpoints(self.folder)
         if not found:
             return {"step": 0}
-        record = json.loads((found[-1] / "state.json").read_text())
-        if record["step"] > max_steps:
-            raise ValueError(f"{found[-1]} has gone further than --{self.folder.name}.max_steps {max_steps}")
+        newest = found[-1]
+        if accelerator.is_main_process:
+            self._rotate()  # what a process that was killed while saving has not dropped
+        record = read_json(newest / "state.json")
+        if record["step"] > self.config.max_steps:
+            raise RunError(
+                f"{newest} has gone further than --{self.folder.name}.max_steps {self.config.max_steps}"
+            )
         for name, state in self.states.items():
-            if isinstance(state, torch.optim.Optimizer):
-                state.load_state_dict(
-                    torch.load(found[-1] / f"{name}.pt", weights_only=True, map_location="cpu")
-                )
-            else:
-                state.load_state_dict(load_file(found[-1] / f"{name}.safetensors"))
+            try:
+                _load(state, load_file(newest / f"{name}.safetensors"))
+            except Exception as error:  # whatever a reader makes of a damaged file
+                older = f"to go on from {found[-2]}" if len(found) > 1 else "to start the stage again"
+                raise RunError(
+                    f"{newest / name}.safetensors cannot be restored ({type(error).__name__}: {error}); "
+                    f"delete {newest} {older}"
+                ) from error
         return record
+
+
+def _tensors_of(state: Any) -> dict[str, Tensor]:
+    if isinstance(state, torch.optim.Optimizer):
+        moments = state.state_dict()["state"]
+        return {f"{number}.{name}": value for number, each in moments.items() for name, value in each.items()}
+    if isinstance(state, torch.nn.Module):
+        reshard(state)
+    return state.state_dict()
+
+
+def _load(state: Any, tensors: dict[str, Tensor]) -> None:
+    if isinstance(state, torch.optim.Optimizer):
+        parameters = [parameter for group in state.param_groups for parameter in group["params"]]
+        for name in tensors:
+            number, _, key = name.partition(".")
+            parameter = parameters[int(number)]
+            # The moments lie as the parameter does, the count of steps is a number beside it.
+            like = parameter if key != "step" else torch.empty((), device=parameter.device)
+            state.state[parameter][key] = torch.zeros_like(like, dtype=torch.float32)
+    current = _tensors_of(state)
+    if current.keys() != tensors.keys():
+        raise ValueError(f"not the same tensors: {sorted(current.keys() ^ tensors.keys())[:3]}")
+    for name, value in tensors.items():
+        fill(current[name], value)

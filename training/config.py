@@ -3,14 +3,18 @@
 import difflib
 import re
 import sys
-from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
+
+from training.checks import check_config, read_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+set_loader("yaml", read_yaml, (yaml.YAMLError,))
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar10.yaml"
 
@@ -84,6 +88,8 @@ class OptimizationConfig:
     """Steps between two checkpoints."""
     keep_checkpoints: int = 1
     """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this step are kept for good; 0: none."""
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of optimizer step `step` (from 0): warm-up, plateau, linear decay; the same everywhere."""
@@ -215,16 +221,51 @@ class Config:
 
 
 class _Parser(ArgumentParser):
+    """Says in which file something is wrong, and which known option an unknown one resembles."""
+
+    _file: str | None = None
+
+    def parse_path(self, path, *args, **kwargs):
+        self._file = str(path)
+        try:
+            if not Path(path).is_file():
+                self.error("want a file")
+            content = read_yaml(Path(path).read_text("utf-8"))
+            if not isinstance(content, dict):
+                self.error("holds no options: want lines such as `seed: 1`; training/configs has examples")
+            for entry in fields(Config):
+                # jsonargparse fails in a section of nothing, and imports what a name in its place names.
+                if is_dataclass(entry.default_factory) and not isinstance(content.get(entry.name, {}), dict):
+                    self.error(f"{entry.name}: want a mapping of options, not {content[entry.name]!r}")
+            return super().parse_path(path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(f"want a YAML file in UTF-8; {error}", error)
+        except yaml.YAMLError as error:
+            self.error(f"not read as YAML: {error}", error)
+        finally:
+            self._file = None
+
     def error(self, message: str, ex: Exception | None = None):
-        """Exit with code 2, saying which known option an unknown one resembles; not all options, as usual."""
+        """Exit with code 2, not listing all options as usual."""
         known = [action.dest for action in self._actions]
         for group, option in re.findall(
-            r"(?:Group '([\w.]+)' does not accept option|--)[ ']*([\w.]+)", message
+            r"(?:Group '([\w.]+)' does not accept option|--|^Option)[ ']*([\w.]+)", message
         ):
             name = f"{group}.{option}" if group else option
             if name not in known and (near := difflib.get_close_matches(name, known, n=1, cutoff=0.5)):
                 message += f". {name} is unknown; did you mean {near[0]}?"
-        self.exit(2, f"error: {message}\nAll options: --help\n")
+        message = message.replace("Unexpected config:", "--config wants a file, not")
+        message = message if len(message) < 2000 else f"{message[:1000]} ..."  # they repeat what was given
+        where = f"--config {self._file}: " if self._file else ""
+        self.exit(2, f"error: {where}{message}\nAll options: --help\n")
+
+
+@cache
+def _parser() -> _Parser:
+    parser = _Parser(description=Config.__doc__, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file of the run; later options override it.")
+    parser.add_class_arguments(Config)
+    return parser
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
@@ -234,63 +275,21 @@ def parse_config(argv: list[str] | None = None) -> Config:
     `--print_config`; exits with code 2 and a message for what is unknown or of a wrong type.
 
     Raises:
-        ValueError: for values that cannot work together.
+        RunError: for values out of range, or that cannot work together.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    parser = _Parser(description=Config.__doc__)
-    parser.add_argument("--config", action="config", help="YAML file of the run; later options override it.")
-    parser.add_class_arguments(Config)
+    argv, parser = sys.argv[1:] if argv is None else argv, _parser()
     if not any(argument.split("=")[0] == "--config" for argument in argv):
         argv = ["--config", str(DEFAULT_CONFIG), *argv]
     parsed = parser.parse_args(argv)
+    if None in parsed.config:
+        parser.error("--config wants a file; give single options by their names, such as --seed 1")
     names = [Path(str(path)).stem for path in parsed.config]
     parsed = parser.instantiate(parsed)
     config = Config(**{f.name: getattr(parsed, f.name) for f in fields(Config)})
-    config.output_dir = config.output_dir or f"runs/{names[-1]}"
+    if config.output_dir is None:
+        config.output_dir = f"runs/{names[-1]}"
     check_config(config)
     return config
-
-
-def check_config(config: Config) -> None:
-    """Refuse what can be known to fail before anything is read.
-
-    Raises:
-        ValueError: with what was found, what is wanted and the option that changes it.
-    """
-    autoencoder, denoiser = config.autoencoder, config.denoiser
-    for name, stage in (("autoencoder", autoencoder), ("denoiser", denoiser)):
-        for key in (
-            "batch_size",
-            "gradient_accumulation_steps",
-            "max_steps",
-            "log_every",
-            "validate_every",
-            "sample_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-        ):
-            if getattr(stage, key) < 1:
-                raise ValueError(f"--{name}.{key} {getattr(stage, key)}: want at least 1")
-        if stage.warmup_steps + stage.decay_fraction * stage.max_steps > stage.max_steps:
-            raise ValueError(
-                f"--{name}.warmup_steps {stage.warmup_steps} and the last {stage.decay_fraction:.0%} of "
-                f"decay (--{name}.decay_fraction) do not fit into --{name}.max_steps {stage.max_steps}"
-            )
-    if autoencoder.gan_weight and autoencoder.gan_start >= autoencoder.max_steps:
-        raise ValueError(
-            f"--autoencoder.gan_start {autoencoder.gan_start} is not before the last step "
-            f"(--autoencoder.max_steps {autoencoder.max_steps}): the discriminator would never start"
-        )
-    if autoencoder.lpips_weight and find_spec("lpips") is None:
-        raise ValueError(
-            f"--autoencoder.lpips_weight {autoencoder.lpips_weight} needs the package lpips: "
-            'pip install "ldm-pipeline[lpips]", or set the weight to 0'
-        )
-    if denoiser.zero_terminal_snr and denoiser.prediction_type == "epsilon":
-        raise ValueError(
-            "--denoiser.zero_terminal_snr with --denoiser.prediction_type epsilon: at pure noise the noise "
-            "says nothing about the image; use v_prediction"
-        )
 
 
 def objective_of(config: DenoiserConfig) -> dict:

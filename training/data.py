@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
+import re
+import stat
+import warnings
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +16,16 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from training import sources
+from training import columns, sources
 from training.config import DataConfig
+from training.data_files import folders_of
+from training.errors import RunError
 from training.order import generator
 
 TRANSFORM_VERSION = 1  # raise it when `transform` changes: caches made with the old one are then rebuilt
 MAX_HELD_OUT = 2000
+MAX_FILE_BYTES = 2**31  # more than any picture of as many pixels as Pillow opens
+FOREIGN_FORMATS = ("EPS", "WMF")  # to decode them Pillow hands the file to Ghostscript or to Windows
 
 
 class ImageSplit(torch.utils.data.Dataset):
@@ -31,6 +38,7 @@ class ImageSplit(torch.utils.data.Dataset):
         name: the split's name, for messages.
         resolution, channels: see `transform`.
         rows: int64 (len,), the rows this split consists of. All if None.
+        folders: where files that rows name by their path may lie; a relative path starts at the first.
     """
 
     def __init__(
@@ -42,9 +50,10 @@ class ImageSplit(torch.utils.data.Dataset):
         resolution: int,
         channels: int,
         rows: torch.Tensor | None = None,
+        folders: tuple[str, ...] = (),
     ):
         self.dataset, self.image_column, self.all_labels, self.name = dataset, image_column, labels, name
-        self.resolution, self.channels = resolution, channels
+        self.resolution, self.channels, self.folders = resolution, channels, folders
         self.rows = torch.arange(len(dataset)) if rows is None else rows
 
     @property
@@ -57,12 +66,18 @@ class ImageSplit(torch.utils.data.Dataset):
 
     def __getitem__(self, item: tuple[int, bool]) -> dict[str, torch.Tensor]:
         """The image at (index, flip): "images" float32 (C, R, R) in [-1, 1], "indices" int64 (), and
-        "class_labels" int64 () if the data set has labels."""
+        "class_labels" int64 () if the data set has labels. RunError if it can no longer be read."""
         index, flip = item
-        sample = {
-            "images": transform(self.raw(index), self.resolution, self.channels, flip),
-            "indices": torch.tensor(index),
-        }
+        try:
+            image = transform(self.raw(index), self.resolution, self.channels, flip)
+        except Exception as error:  # Pillow's readers raise nearly every kind on broken files
+            # One string, because PyTorch makes an error of a worker anew from its text.
+            raise RunError(
+                f"The image {self.name_of(index)} of split {self.name!r} could be read when the run began, "
+                f"now it cannot: {reason_of(error)}. Restore the file; or remove or touch it and start the "
+                "same command again: all images are then looked at anew, and what cannot be read is left out."
+            ) from error
+        sample = {"images": image, "indices": torch.tensor(index)}
         if self.all_labels is not None:
             sample["class_labels"] = self.all_labels[self.rows[index]]
         return sample
@@ -72,17 +87,21 @@ class ImageSplit(torch.utils.data.Dataset):
         encoded, path = self._stored(index)
         if encoded is None and path is None:
             raise ValueError("the row has no image")
-        content = Path(path).read_bytes() if encoded is None else encoded
+        content = _read_file(path, self.folders) if encoded is None else encoded
         if not content:
             raise ValueError("the file is empty")
         try:
-            return Image.open(BytesIO(content))
+            with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+                picture = Image.open(BytesIO(content))  # `transform` has a stricter limit than the warning
         except UnidentifiedImageError as error:  # its own text holds a memory address
             raise ValueError("no image format that Pillow reads") from error
+        if picture.format in FOREIGN_FORMATS:
+            raise ValueError(f"{picture.format} is a format that other programs would have to read")
+        return picture
 
     def name_of(self, index: int) -> str:
         """What to call the image in messages: its path if it has one, else the split and the row."""
-        return self._stored(index)[1] or f"{self.name}[{int(self.rows[index])}]"
+        return printable(self._stored(index)[1] or f"{self.name}[{int(self.rows[index])}]")
 
     def subset(self, indices: torch.Tensor) -> "ImageSplit":
         """The split reduced to `indices`, in their order."""
@@ -94,11 +113,44 @@ class ImageSplit(torch.utils.data.Dataset):
             self.resolution,
             self.channels,
             self.rows[indices],
+            self.folders,
         )
 
     def _stored(self, index: int) -> tuple[bytes | None, str | None]:
         value = self.dataset[int(self.rows[index])][self.image_column]
-        return (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if not isinstance(value, dict):
+            return value, None
+        path = value.get("path")
+        return value.get("bytes"), path if isinstance(path, str) else None
+
+
+def printable(text: str) -> str:
+    """`text` on one line, without what would command a terminal."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def reason_of(error: Exception) -> str:
+    """An error's kind and text on one line, the same in every process."""
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(error).__name__}: {error}")
+    return printable(text[:500])
+
+
+def _read_file(path: str, folders: tuple[str, ...]) -> bytes:
+    """The content of a file below one of `folders`; links that lie there may lead elsewhere."""
+    # Only the names count, not where links lead: who links a picture into the folder wants it, while a path
+    # that came with the rows of a foreign data set must not make private files a part of the training.
+    path = os.path.normpath(os.path.join(folders[0] if folders else "", path))
+    if not any(path.startswith(os.path.join(folder, "")) for folder in folders):
+        raise ValueError(f"its path {path!r} leaves the data set's folder")
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+        raise ValueError("it is no regular file")
+    if found.st_size > MAX_FILE_BYTES:
+        raise ValueError(
+            f"the file has {found.st_size:,} bytes, more than the {MAX_FILE_BYTES:,} of any image"
+        )
+    with open(path, "rb") as file:
+        return file.read()
 
 
 @dataclass
@@ -128,9 +180,9 @@ def load_images(config: DataConfig) -> ImageData:
     splits, identity = sources.load_splits(config)
     train_name, held_out_name = sources.split_names(splits, config)
     rows = splits[train_name]
-    images = sources.image_column(rows.features, config)
-    labels = sources.label_column(rows.features, config)
-    names = None if labels is None else sources.class_names(rows, labels)
+    images = columns.image_column(rows.features, config)
+    labels = columns.label_column(rows.features, config)
+    names = None if labels is None else columns.class_names(rows, labels)
     train = _build_split(rows, train_name, images, labels, names, config)
     if held_out_name is None:
         train_rows, held_out_rows = _share(len(train), config)
@@ -153,11 +205,12 @@ def _build_split(
         )
     numbers = None
     if names is not None:
-        numbers = torch.tensor(sources.class_numbers(rows, labels, names, name), dtype=torch.int64)
+        numbers = torch.tensor(columns.class_numbers(rows, labels, names, name), dtype=torch.int64)
     if isinstance(rows.features[images], ImageFeature):
         rows = rows.cast_column(images, ImageFeature(decode=False))
-    rows = rows.select_columns([images])
-    return ImageSplit(rows, images, numbers, name, config.resolution, config.channels)
+    rows = rows.select_columns([images]).with_format(None)  # a stored format would change what rows are
+    folders = folders_of(config)
+    return ImageSplit(rows, images, numbers, name, config.resolution, config.channels, folders=folders)
 
 
 def _share(count: int, config: DataConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,9 +237,13 @@ def transform(picture: Image.Image, resolution: int, channels: int, flip: bool) 
         float32 (channels, R, R) in [-1, 1].
 
     Raises:
-        ValueError: deep grey values out of range. OSError and others: Pillow cannot decode the file.
+        ValueError: too many pixels, or deep grey values out of range.
+        OSError and others: Pillow cannot decode the file.
     """
     picture.draft(None, (2 * resolution, 2 * resolution))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and picture.width * picture.height > most:  # Pillow itself refuses only twice as many
+        raise ValueError(f"{picture.width}x{picture.height} are more than {most:,} pixels: make it smaller")
     ImageOps.exif_transpose(picture, in_place=True)
     picture = _to_eight_bits(picture, "L" if channels == 1 else "RGB")
     side = min(picture.size)
@@ -205,6 +262,8 @@ def transform(picture: Image.Image, resolution: int, channels: int, flip: bool) 
 def _to_eight_bits(picture: Image.Image, mode: str) -> Image.Image:
     if picture.mode.startswith("I") or picture.mode == "F":  # Pillow itself would clip these at 255
         return Image.fromarray(_scale_grey(np.asarray(picture), picture.mode)).convert(mode)
+    if picture.mode in ("La", "LAB"):  # Pillow converts these to no other mode
+        picture = picture.convert("LA" if picture.mode == "La" else "RGB")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from training.sharding import reshard
+
 
 class EMA:
     """The average follows the images seen, not the steps, so it does not depend on the batch size.
@@ -40,11 +42,13 @@ class EMA:
     @contextmanager
     def swapped(self) -> Iterator[nn.Module]:
         """The network with the averaged parameters, inside the `with` block."""
+        reshard(self.module)
         trained = {name: p.detach().clone() for name, p in self.module.named_parameters()}
         self._copy(self.average)
         try:
             yield self.module
         finally:
+            reshard(self.module)
             self._copy(trained)
 
     @torch.no_grad()
@@ -53,12 +57,5 @@ class EMA:
             parameter.copy_(values[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by parameter name."""
+        """The averages themselves, by parameter name."""
         return self.average
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore `state_dict()`; the names must be exactly those of the network."""
-        assert state.keys() == self.average.keys(), set(state) ^ set(self.average)
-        for name, value in state.items():
-            self.average[name].copy_(value)

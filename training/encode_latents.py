@@ -1,24 +1,25 @@
 """Stage 2: encode every image and its mirror image into posterior moments on disk; measure statistics."""
 
-import json
-import shutil
 import time
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
+from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm_pipeline.models import load_autoencoder
 from ldm_pipeline.pipeline import set_latent_statistics
-from training.checkpoint import atomic_write, file_sha256, save_tensors, write_json
-from training.latents import encode
+from training.errors import RunError
+from training.files import discard, file_sha256, read_json, write_bytes, write_json, write_tensors
+from training.interruption import leave_signals_to_parent
+from training.latents import encode, shard_problem
+from training.networks import latent_shape_of
 from training.run import Run
 from training.script import main
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def encode_latents(run: Run) -> None:
@@ -26,23 +27,27 @@ def encode_latents(run: Run) -> None:
     folder = run.folder / "latents"
     run.require(run.folder / "autoencoder" / "done.json", "train_autoencoder.py")
     key = cache_key(run)
-    if not _open_cache(run, folder, key):
+    autoencoder = load_autoencoder(run.folder / "autoencoder")
+    plan = {split: _plan_shards(run, autoencoder, split) for split in ("train", "held_out")}
+    if not _open_cache(run, folder, key, plan):
         return
     begun = time.perf_counter()
-    autoencoder = load_autoencoder(run.folder / "autoencoder").to(run.device).eval()
-    shards = {split: _encode_split(run, autoencoder, folder, split) for split in ("train", "held_out")}
+    autoencoder.to(run.device).eval()
+    for split, shards in plan.items():
+        _encode_split(run, autoencoder, folder, split, shards)
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
-        mean, std = channel_statistics([folder / name for name in shards["train"]])
+        mean, std = channel_statistics([folder / name for name in plan["train"]])
         run.print(f"latents: mean {_short(mean)}, deviation {_short(std)}")
         if not 1e-6 < std.min() <= std.max() < 1e4:
-            raise ValueError(
+            raise RunError(
                 f"a latent channel is dead or has exploded (deviations {_short(std)}): the autoencoder's "
                 "training failed; see samples/ and metrics.jsonl, and do it again with --redo '[autoencoder]'"
             )
         set_latent_statistics(autoencoder, mean.tolist(), std.tolist())
-        atomic_write(run.folder / "autoencoder" / "config.json", autoencoder.to_json_string().encode())
-        shape = load_file(folder / shards["train"][0])["mean"].shape[2:]
+        write_bytes(run.folder / "autoencoder" / CONFIG_NAME, autoencoder.to_json_string().encode())
+        shape = latent_shape_of(autoencoder, run.config)
+        shards = {split: list(each) for split, each in plan.items()}
         write_json(folder / "manifest.json", {"key": key, "shape": list(shape), **shards})
     run.finish("latents", {"seconds": time.perf_counter() - begun})
 
@@ -50,56 +55,82 @@ def encode_latents(run: Run) -> None:
 def cache_key(run: Run) -> dict:
     """What the latents are a function of; the names are those that a rebuild gives as its reason."""
     return {
-        "autoencoder weights": file_sha256(run.folder / "autoencoder" / WEIGHTS),
+        "autoencoder weights": file_sha256(run.folder / "autoencoder" / SAFETENSORS_WEIGHTS_NAME),
         "data and transform": run.data.fingerprint,
         "mirror images": run.config.data.horizontal_flip,
     }
 
 
-def _open_cache(run: Run, folder: Path, key: dict) -> bool:
-    """Whether there is anything to encode; drops shards that belong to another key."""
-    stored = folder / "key.json"
-    before = json.loads(stored.read_text()) if stored.exists() else None
-    if before == key and (folder / "manifest.json").exists():
+def _plan_shards(run: Run, autoencoder: nn.Module, split: str) -> dict[str, dict[str, list[int]]]:
+    """The shards of a split by file name: the shape of every tensor in it."""
+    images, size = getattr(run.data, split), run.config.latents.shard_size
+    latents = [2 if run.config.data.horizontal_flip else 1, *latent_shape_of(autoencoder, run.config)]
+    plan = {}
+    for number, first in enumerate(range(0, len(images), size)):
+        count = min(size, len(images) - first)
+        shapes = {"mean": [count, *latents]}
+        if isinstance(autoencoder, AutoencoderKL):
+            shapes["std"] = shapes["mean"]
+        if images.labels is not None:
+            shapes["class_labels"] = [count]
+        plan[f"{split}-{number:05d}.safetensors"] = shapes
+    return plan
+
+
+def _open_cache(run: Run, folder: Path, key: dict, plan: dict) -> bool:
+    """Whether there is anything to encode; drops what belongs to another key, and damaged shards."""
+    stored, manifest = folder / "key.json", folder / "manifest.json"
+    before = read_json(stored) if stored.exists() else None
+    expected = {name: shapes for shards in plan.values() for name, shapes in shards.items()}
+    present = {name: shapes for name, shapes in expected.items() if (folder / name).exists()}
+    damaged = {name: why for name, shapes in present.items() if (why := shard_problem(folder / name, shapes))}
+    finished = run.done("latents") and manifest.exists() and len(present) == len(expected)
+    if before == key and finished and not damaged:
         run.print(f"latents: {folder} stands")
         return False
-    run.accelerator.wait_for_everyone()  # every process has read the key before one replaces it
+    run.accelerator.wait_for_everyone()  # every process has looked before one changes anything
     if run.accelerator.is_main_process:
-        if before is not None and before != key:
-            changed = ", ".join(name for name in key if before.get(name) != key[name])
-            run.print(f"latents: encoded again, because these changed: {changed}")
-            shutil.rmtree(folder)
+        if before != key and folder.exists():
+            changed = [name for name in key if (before or {}).get(name) != key[name]]
+            run.print(f"latents: encoded again, because these changed: {', '.join(changed)}")
+            discard(folder)
         folder.mkdir(exist_ok=True)
         write_json(stored, key)
+        manifest.unlink(missing_ok=True)
+        for name, why in damaged.items() if before == key else ():
+            run.print(f"latents: {name} is encoded again: {why}")
+            discard(folder / name)
     run.accelerator.wait_for_everyone()
     return True
 
 
-def _encode_split(run: Run, autoencoder: torch.nn.Module, folder: Path, split: str) -> list[str]:
-    """Write the shards of one split that are missing, each process its share; names of all."""
-    images, size = getattr(run.data, split), run.config.latents.shard_size
-    firsts = range(0, len(images), size)
-    names = [f"{split}-{first // size:05d}.safetensors" for first in firsts]
-    mine = list(zip(firsts, names, strict=True))[
-        run.accelerator.process_index :: run.accelerator.num_processes
-    ]
-    for first, name in tqdm(
-        mine, desc=f"latents {split}", unit="shard", disable=not run.accelerator.is_main_process
-    ):
-        if not (folder / name).exists():
-            indices = range(first, min(first + size, len(images)))
-            save_tensors(folder / name, _encode_images(run, autoencoder, images, indices))
-    return names
+def _encode_split(run: Run, autoencoder: nn.Module, folder: Path, split: str, shards: dict) -> None:
+    """Write the shards of one split that are missing, in rounds of one a process."""
+    images, size, accelerator = getattr(run.data, split), run.config.latents.shard_size, run.accelerator
+    missing = [number for number, name in enumerate(shards) if not (folder / name).exists()]
+    accelerator.wait_for_everyone()  # all processes have the same list before the first shard is written
+    rounds = range(0, len(missing), accelerator.num_processes)
+    for first in tqdm(rounds, desc=f"latents {split}", unit="shard", disable=not accelerator.is_main_process):
+        if first + accelerator.process_index < len(missing):
+            number = missing[first + accelerator.process_index]
+            indices = range(number * size, min((number + 1) * size, len(images)))
+            tensors = _encode_images(run, autoencoder, images, indices)
+            write_tensors(folder / list(shards)[number], tensors)
+        run.interruption.check()
 
 
 @torch.no_grad()
-def _encode_images(run: Run, autoencoder: torch.nn.Module, images, indices: range) -> dict[str, Tensor]:
+def _encode_images(run: Run, autoencoder: nn.Module, images, indices: range) -> dict[str, Tensor]:
     """Moments `(n, 2 or 1, c, h, w)` in float16 (image, mirror image) and labels `(n,)` of some images."""
     config, flips = run.config, (0, 1) if run.config.data.horizontal_flip else (0,)
     moments: dict[str, list[Tensor]] = {"mean": [], "std": [], "class_labels": []}
     pairs = [(index, 0) for index in indices]
     loader = DataLoader(
-        images, sampler=pairs, batch_size=config.latents.batch_size, num_workers=config.data.num_workers
+        images,
+        sampler=pairs,
+        batch_size=config.latents.batch_size,
+        num_workers=config.data.num_workers,
+        worker_init_fn=leave_signals_to_parent,
     )
     for batch in loader:
         pixels = batch["images"].to(run.device)

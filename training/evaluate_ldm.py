@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ldm_pipeline.pipeline import LDMPipeline
-from training.checkpoint import file_sha256, write_json
+from training.files import file_sha256, read_json, write_json
 from training.latents import LatentSet
 from training.metrics import draw_grid, measure_reconstruction, validation_loss
 from training.run import Run, cpu_capabilities
@@ -22,7 +22,7 @@ def evaluate(run: Run) -> None:
     run.require(run.folder / "pipeline", "train_denoiser.py")
     weights = run.folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
     key = {"denoiser": file_sha256(weights), "evaluation": asdict(run.config.evaluation)}
-    if path.exists() and json.loads(path.read_text())["key"] == key:
+    if path.exists() and read_json(path)["key"] == key:
         run.print(f"evaluation: {path} stands; --redo '[evaluation]' measures again")
         return
     run.accelerator.wait_for_everyone()
@@ -68,7 +68,7 @@ def count_parameters(module: nn.Module) -> int:
 
 def summary(run: Run) -> str:
     """Where the results are, and how to use them."""
-    figures = json.loads((run.folder / "metrics.json").read_text())
+    figures = read_json(run.folder / "metrics.json")
     names = LDMPipeline.load_config(run.folder / "pipeline")["id2label"]
     label = f"class_labels={json.dumps(names[str(min(7, len(names) - 1))])}, " if names else ""
     return "\n".join([

@@ -1,14 +1,16 @@
 """The latents of every image and its mirror image: a cache on disk, its statistics, and its reader."""
 
-import json
 from pathlib import Path
 
 import psutil
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm_pipeline.pipeline import normalize_latents
+from training.errors import RunError
+from training.files import read_json
 
 
 def encode(autoencoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -17,6 +19,16 @@ def encode(autoencoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | Non
     if hasattr(encoded, "latent"):
         return encoded.latent, None
     return encoded.latent_dist.mean, encoded.latent_dist.std
+
+
+def shard_problem(path: Path, shapes: dict[str, list[int]]) -> str | None:
+    """Why a file is not the shard with tensors of these shapes, or None; reads its header only."""
+    try:
+        with safe_open(path, "pt") as shard:
+            found = {name: shard.get_slice(name).get_shape() for name in shard.keys()}
+    except (OSError, SafetensorError) as error:
+        return f"it is damaged ({error})"
+    return None if found == shapes else f"it holds {found}, wanted {shapes}"
 
 
 class LatentSet:
@@ -32,10 +44,12 @@ class LatentSet:
     """
 
     def __init__(self, folder: Path, split: str, autoencoder: nn.Module, device: torch.device, resident: str):
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = read_json(folder / "manifest.json")
         self.autoencoder = autoencoder
         self.device = device
         self.shape = tuple(manifest["shape"])
+        if any(Path(name).name != name for name in manifest[split]):
+            raise RunError(f"{folder / 'manifest.json'} names files outside {folder}: --redo '[latents]'")
         shards = [load_file(folder / name) for name in manifest[split]]
         self.shard_size = len(shards[0]["mean"])
         size = sum(tensor.nbytes for shard in shards for tensor in shard.values())

@@ -50,7 +50,10 @@ def measure_reconstruction(run: Run, autoencoder: nn.Module, limit: int, name: s
     """
     accelerator, images = run.accelerator, run.data.held_out
     pairs = [(index, 0) for index in range(min(limit, len(images)))]
-    mine = pairs[accelerator.process_index :: accelerator.num_processes]
+    share = -(
+        -len(pairs) // accelerator.num_processes
+    )  # the first process has the first images, for the grid
+    mine = pairs[accelerator.process_index * share :][:share]
     sums = torch.zeros(3, dtype=torch.float64, device=run.device if run.device.type != "mps" else "cpu")
     with inference(autoencoder), accelerator.autocast():
         for number, batch in enumerate(

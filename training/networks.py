@@ -4,8 +4,9 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, UNet2DModel
 
 from ldm_pipeline.models import build_autoencoder, build_unet, load_autoencoder
-from training.config import Config
+from training.config import Config, OptimizationConfig
 from training.data import ImageData
+from training.errors import RunError
 
 
 def new_autoencoder(config: Config) -> AutoencoderKL | AutoencoderDC:
@@ -22,6 +23,11 @@ def new_denoiser(config: Config, data: ImageData, latent_shape: tuple[int, int, 
     torch.manual_seed(config.seed + 1)
     stage = config.denoiser
     labelled = data.id2label is not None if stage.class_conditional is None else stage.class_conditional
+    return _new_unet(config, latent_shape, len(data.id2label) if labelled else None)
+
+
+def _new_unet(config: Config, latent_shape: tuple[int, int, int], num_classes: int | None) -> UNet2DModel:
+    stage = config.denoiser
     return build_unet(
         latent_shape[1:],
         latent_shape[0],
@@ -31,68 +37,91 @@ def new_denoiser(config: Config, data: ImageData, latent_shape: tuple[int, int, 
         stage.attention_head_dim,
         stage.norm_groups,
         stage.dropout,
-        len(data.id2label) if labelled else None,
+        num_classes,
     )
 
 
 def check_networks(
     config: Config, data: ImageData, num_processes: int
-) -> tuple[torch.nn.Module, UNet2DModel]:
+) -> tuple[AutoencoderKL | AutoencoderDC, UNet2DModel]:
     """Build both networks without memory, so that what does not fit is found before the first step.
 
     Returns:
-        Autoencoder and denoiser, on the meta device.
+        Autoencoder (on the meta device, unless it exists already) and denoiser (always there).
 
     Raises:
-        ValueError: with what was found, what is wanted and the option that changes it.
+        RunError: with what was found, what is wanted and the option that changes it.
     """
     if config.denoiser.class_conditional and data.id2label is None:
-        raise ValueError("--denoiser.class_conditional true, but the data has no labels: name them with "
-                         "--data.label_column, or set it to false")  # fmt: skip
-    for name, stage, count in (
-        ("autoencoder", config.autoencoder, len(data.train)),
-        ("denoiser", config.denoiser, len(data.train)),
-    ):
-        parts = num_processes * stage.gradient_accumulation_steps
-        if stage.batch_size % parts:
-            raise ValueError(
+        raise RunError("--denoiser.class_conditional true, but the data has no labels: name them with "
+                       "--data.label_column, or set it to false")  # fmt: skip
+    for name, stage in _trained(config).items():
+        if stage.batch_size > len(data.train):
+            raise RunError(
+                f"--{name}.batch_size {stage.batch_size} is more than the {len(data.train)} training images"
+            )
+    autoencoder, shape = check_shapes(config, num_processes)
+    with torch.device("meta"):
+        return autoencoder, new_denoiser(config, data, shape)
+
+
+def check_shapes(
+    config: Config, num_processes: int
+) -> tuple[AutoencoderKL | AutoencoderDC, tuple[int, int, int]]:
+    """The part of `check_networks` that needs no data, and so can come before they are read.
+
+    Returns:
+        The autoencoder, see there, and the shape of its latents.
+
+    Raises:
+        RunError: with what was found, what is wanted and the option that changes it.
+    """
+    for name, stage in _trained(config).items():
+        if stage.batch_size % (num_processes * stage.gradient_accumulation_steps):
+            raise RunError(
                 f"--{name}.batch_size {stage.batch_size} is no multiple of {num_processes} processes x "
                 f"--{name}.gradient_accumulation_steps {stage.gradient_accumulation_steps}"
             )
-        if stage.batch_size > count:
-            raise ValueError(
-                f"--{name}.batch_size {stage.batch_size} is more than the {count} training images"
-            )
-    with torch.device("meta"):
-        autoencoder = _existing(config) if config.autoencoder.pretrained else new_autoencoder(config)
-    shape = latent_shape_of(autoencoder, config)
-    with torch.device("meta"):
-        return autoencoder, new_denoiser(config, data, shape)
+    try:
+        with torch.device("meta"):
+            autoencoder = _existing(config) if config.autoencoder.pretrained else new_autoencoder(config)
+            shape = latent_shape_of(autoencoder, config)
+            _new_unet(config, shape, num_classes=None)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    return autoencoder, shape
+
+
+def _trained(config: Config) -> dict[str, OptimizationConfig]:
+    """The stages that will be trained."""
+    stages = {"autoencoder": config.autoencoder, "denoiser": config.denoiser}
+    return {"denoiser": config.denoiser} if config.autoencoder.pretrained else stages
 
 
 def latent_shape_of(autoencoder: AutoencoderKL | AutoencoderDC, config: Config) -> tuple[int, int, int]:
     """Channels, height and width of the latents of the run's images.
 
     Raises:
-        ValueError: if the resolution cannot be halved as often as autoencoder and denoiser do.
+        RunError: if the resolution cannot be halved as often as autoencoder and denoiser do.
     """
     described = autoencoder.config
     widths = described.get("block_out_channels") or described.get("encoder_block_out_channels")
     factor, halvings = 2 ** (len(widths) - 1), 2 ** (len(config.denoiser.widths) - 1)
     resolution = config.data.resolution
     if resolution % (factor * halvings):
-        raise ValueError(
+        raise RunError(
             f"--data.resolution {resolution} is no multiple of {factor * halvings}: the autoencoder "
             f"downsamples by {factor} (--autoencoder.widths) and the denoiser by {halvings} "
             "(--denoiser.widths)"
         )
-    if config.autoencoder.equivariance and resolution // factor % 2:
-        raise ValueError(
+    trained = not config.autoencoder.pretrained
+    if trained and config.autoencoder.equivariance and resolution // factor % 2:
+        raise RunError(
             f"--autoencoder.equivariance halves latents, and {resolution // factor} is odd: set it to 0 or "
             "change --data.resolution"
         )
-    if factor >= 8 and resolution <= 32:
-        raise ValueError(
+    if resolution < 4 * factor or (factor >= 8 and resolution <= 32):
+        raise RunError(
             f"the autoencoder downsamples by {factor}, which leaves "
             f"{resolution // factor}x{resolution // factor} latents of {resolution}-pixel images, too few to "
             "diffuse: use fewer --autoencoder.widths or a larger --data.resolution"
@@ -104,10 +133,10 @@ def _existing(config: Config) -> AutoencoderKL | AutoencoderDC:
     source, channels = config.autoencoder.pretrained, config.data.channels
     try:
         autoencoder = load_autoencoder(source)
-    except OSError as error:
-        raise ValueError(f"--autoencoder.pretrained {source}: {error}") from error
+    except Exception as error:  # somebody else's files: a torn config.json raises almost anything
+        raise RunError(f"--autoencoder.pretrained {source} cannot be loaded: {error}") from error
     if autoencoder.config.in_channels != channels:
-        raise ValueError(
+        raise RunError(
             f"--autoencoder.pretrained {source} takes {autoencoder.config.in_channels} channels, "
             f"--data.channels is {channels}"
         )

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from training.checkpoint import atomic_write
+from training.files import write_bytes
 
 GAP = 2  # pixels of the enlarged grid between two images
 
@@ -41,4 +41,4 @@ def save_grid(images: torch.Tensor, path: Path, columns: int | None = None, scal
         grid[top : top + height, left : left + width] = image
     buffer = BytesIO()
     Image.fromarray(grid[..., 0] if channels == 1 else grid).save(buffer, "PNG")
-    atomic_write(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())

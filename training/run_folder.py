@@ -2,13 +2,19 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import yaml
+from filelock import BaseFileLock, FileLock, Timeout
+from torch import nn
 
-from training.checkpoint import atomic_write
 from training.config import Config
+from training.errors import redact
+from training.files import clean_up, discard, write_bytes
+
+LOCK = ".ldm_run"  # marks a folder as ours from the first moment, and is locked while a process works there
 
 # The stages in order, and what each leaves in the run folder.
 STAGES = {
@@ -28,11 +34,11 @@ FREE = {
     "num_workers",
 }
 FREE |= {"gradient_accumulation_steps", "log_every", "validate_every", "sample_every", "checkpoint_every"}
-FREE |= {"keep_checkpoints", "sample_steps", "guidance_scale", "resident"}
+FREE |= {"keep_checkpoints", "keep_every", "sample_steps", "guidance_scale", "resident"}
 
 
-def check_folder(config: Config) -> None:
-    """Whether the run folder may be used for `config`; prints what differs from the stored configuration.
+def check_folder(config: Config, say: Callable[[str], None] = print) -> None:
+    """Whether the run folder may be used for `config`; says what differs from the stored configuration.
 
     Raises:
         ValueError: if it is not a run folder, or holds results of another configuration.
@@ -40,13 +46,13 @@ def check_folder(config: Config) -> None:
     run = Path(config.output_dir)
     if run.exists() and not run.is_dir():
         raise ValueError(f"--output_dir {run} is a file: choose a folder")
-    ours = (run / "config.yaml").exists() or (run / "data.json").exists()
+    ours = any((run / name).exists() for name in (LOCK, "config.yaml", "data.json"))
     if run.is_dir() and any(run.iterdir()) and not ours:
         raise ValueError(f"{run} is not empty and not a run folder: choose another --output_dir")
     kept = [stage for stage in list(STAGES)[: _first_redone(config)] if (run / STAGES[stage][0]).exists()]
     fatal = {}
     for key, (old, new) in _differences(_read(run), _remembered(config)):
-        print(f"configuration changed: {key}: {old} -> {new}")
+        say(redact(f"configuration changed: {key}: {old} -> {new}"))
         if stage := _bound_stage(key, kept):
             fatal[key] = stage
     if fatal:
@@ -54,6 +60,53 @@ def check_folder(config: Config) -> None:
         raise ValueError(
             f"{run} holds results of another configuration ({', '.join(fatal)} changed): choose another "
             f"--output_dir, set them back, or do it again from there: --redo '[{first}]'"
+        )
+
+
+def lock_folder(run: Path) -> BaseFileLock:
+    """Claim the run folder, creating it, for as long as this process lives; clean up after a killed one.
+
+    Raises:
+        ValueError: if another process is at work there, or the folder cannot be written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"another process is at work in {run}: wait until it has ended, or choose another --output_dir"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"--output_dir {run} cannot be written: {error}") from error
+    clean_up(run)
+    return lock
+
+
+def check_space(config: Config, networks: tuple[nn.Module, nn.Module], images: int) -> None:
+    """Whether the disk has room for all that the run will leave.
+
+    Raises:
+        ValueError: with what is needed, what is free and the options that change it.
+    """
+    run, data = Path(config.output_dir), config.data
+    need = 0
+    for stage, network in zip((config.autoencoder, config.denoiser), networks, strict=True):
+        weights = 4 * sum(parameter.numel() for parameter in network.parameters())
+        kept = stage.keep_checkpoints + (stage.max_steps // stage.keep_every if stage.keep_every else 0)
+        # A checkpoint has weights, average and two moments; one is written before one goes; then the result.
+        need += weights * (4 * (kept + 1) + 2)
+    side = networks[1].config.sample_size[0]
+    numbers = networks[1].config.in_channels * side**2 * (2 if data.horizontal_flip else 1)
+    need += images * numbers * 2 * 2  # float16, mean and deviation
+    existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
+    used = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    free = shutil.disk_usage(existing).free
+    if need > free + used:
+        raise ValueError(
+            f"--output_dir {run} needs up to {need / 2**30:.2f} GiB, and its disk has {free / 2**30:.2f} GiB "
+            "free: make room, choose another folder, or lower keep_checkpoints or raise keep_every of "
+            "--autoencoder and --denoiser"
         )
 
 
@@ -67,10 +120,7 @@ def open_folder(config: Config) -> Path:
         for result in [
             run / name for stage in list(STAGES)[_first_redone(config) :] for name in STAGES[stage]
         ]:
-            if result.is_dir():
-                shutil.rmtree(result)
-            else:
-                result.unlink(missing_ok=True)
+            discard(result)
     (run / "samples").mkdir(parents=True, exist_ok=True)
     _write(run, _remembered(config) | {"redo": config.redo})
     return run
@@ -87,11 +137,19 @@ def _first_redone(config: Config) -> int:
 
 def _read(run: Path) -> dict:
     stored = run / "config.yaml"
-    return yaml.safe_load(stored.read_text()) if stored.exists() else {}
+    if not stored.exists():
+        return {}
+    try:
+        tree = yaml.safe_load(stored.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{stored} is damaged ({error}): restore or delete it") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{stored} is damaged (it holds no mapping): restore or delete it")
+    return tree
 
 
 def _write(run: Path, tree: dict) -> None:
-    atomic_write(run / "config.yaml", yaml.safe_dump(tree, sort_keys=False).encode())
+    write_bytes(run / "config.yaml", redact(yaml.safe_dump(tree, sort_keys=False)).encode())
 
 
 def _remembered(config: Config) -> dict:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from training.data import ImageData, ImageSplit, transform
+from training.data import ImageData, ImageSplit, reason_of, transform
 
 FEW_IMAGES = 1000  # below, networks of any use here reproduce their training images
 BAR_FROM = 5000  # images worth a progress bar
@@ -75,7 +75,7 @@ class _Inspection(torch.utils.data.Dataset):
             found = picture.size, picture.mode
             transform(picture, self.split.resolution, self.split.channels, False)
         except Exception as error:  # Pillow's readers raise nearly every kind on broken files
-            return f"{type(error).__name__}: {error}"
+            return reason_of(error)
         return found
 
 

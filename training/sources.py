@@ -1,25 +1,27 @@
-"""Where images come from: the Hub, local files or scikit-learn; their splits and columns."""
+"""Where images come from: the Hub, local files or scikit-learn; their splits."""
 
+import glob
 import hashlib
 import os
 import re
+import warnings
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from PIL import Image
 
 from training.config import DataConfig
+from training.data_files import check_data_files, check_inside
 
 HELD_OUT_NAMES = ("test", "validation", "valid", "val", "dev", "eval", "evaluation", "testing")
-LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_label", "target", "category", "cls")
-CLASS_TYPES = re.compile("u?int(8|16|32|64)|bool|(large_)?string")
 IMAGE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm"),
     *(".tga", ".tif", ".tiff", ".webp"),
@@ -46,12 +48,17 @@ def load_splits(config: DataConfig) -> tuple[dict[str, Dataset], Any]:
     path = Path(config.dataset).expanduser()
     try:
         if path.exists():
-            return _load_local(path, config), _files_identity(path)
+            identity = _files_identity(path)
+            return _load_local(path, config), identity
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", config.dataset) or path.suffix in BUILDERS:
             raise ValueError(f"there is no such file or folder (looked for {path.absolute()})")
         return _load_from_hub(config)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise ValueError(f"--data.dataset {config.dataset!r} cannot be loaded: {error}\n{FORMS}") from error
+    except Exception as error:  # datasets, pyarrow and tarfile raise nearly every kind on broken files
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        kind = "" if type(cause) is ValueError else f"{type(cause).__name__}: "
+        raise ValueError(
+            f"--data.dataset {config.dataset!r} cannot be loaded: {kind}{cause}\n{FORMS}"
+        ) from error
 
 
 def _load_digits() -> tuple[dict[str, Dataset], Any]:
@@ -66,26 +73,88 @@ def _load_digits() -> tuple[dict[str, Dataset], Any]:
 
 
 def _load_local(path: Path, config: DataConfig) -> dict[str, Dataset]:
-    if path.is_file():
+    if not path.is_dir():
         if path.suffix not in BUILDERS:
             raise ValueError(f"a single file must end in {', '.join(BUILDERS)}")
-        return datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path.absolute()))
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        stored = datasets.load_from_disk(str(path))
-        return stored if isinstance(stored, DatasetDict) else {"train": stored}
+        name = glob.escape(str(path.absolute()))
+        return _prepare(datasets.load_dataset_builder(BUILDERS[path.suffix], data_files=name), [path])
     names = _files(path)
-    images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     tables = [name for name in names if Path(name).suffix in BUILDERS]
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        check_data_files([path / name for name in tables])
+        return _load_saved(path, config)
+    images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     if any(re.fullmatch(r"metadata\.(csv|jsonl|parquet)", Path(name).name) for name in names):
-        return datasets.load_dataset(str(path.absolute()), config.subset)  # with the labels of that file
+        return _load_described(path, images, config)  # with the labels of that file
     if tables and images:
         raise ValueError(f"the folder mixes images ({images[0]}) and data files ({tables[0]})")
     if tables:
-        return datasets.load_dataset(str(path.absolute()), config.subset)
+        return _load_tables(path, tables, config)
     if not images:
         found = ", ".join(sorted({Path(name).suffix or "no suffix" for name in names}))
         raise ValueError(f"the folder holds no images (files found: {found or 'none'})")
     return _load_folder(path, images, config)
+
+
+def _load_saved(path: Path, config: DataConfig) -> dict[str, Dataset]:
+    try:
+        stored = datasets.load_from_disk(str(path))
+    except Exception as error:  # of json, pyarrow or datasets; few name the file
+        raise ValueError(
+            f"the folder by save_to_disk is damaged ({type(error).__name__}: {error})"
+        ) from error
+    splits = dict(stored) if isinstance(stored, DatasetDict) else {"train": stored}
+    check_inside([file["filename"] for rows in splits.values() for file in rows.cache_files], config)
+    return splits
+
+
+def _load_tables(path: Path, tables: list[str], config: DataConfig) -> dict[str, Dataset]:
+    if len(kinds := {Path(name).suffix for name in tables}) > 1:
+        raise ValueError(f"the folder mixes data files of several kinds: {', '.join(sorted(kinds))}")
+    builder = datasets.load_dataset_builder(str(path.absolute()), config.subset)
+    used = {name for names in builder.config.data_files.values() for name in names}
+    check_inside(used, config)
+    lost = [name for name in tables if str(path.resolve() / name) not in used]
+    card = path / "README.md"
+    if lost and not (card.exists() and "configs:" in card.read_text()):  # these choose among the files
+        raise ValueError(
+            f"{len(lost)} of {len(tables)} data files belong to no split, the first is {lost[0]}, while "
+            "others have the name of one: name them all like train-0.parquet and test-0.parquet, or none"
+        )
+    return _prepare(builder, [path / name for name in tables])
+
+
+def _load_described(path: Path, images: list[str], config: DataConfig) -> dict[str, Dataset]:
+    builder = datasets.load_dataset_builder(str(path.absolute()), config.subset)
+    check_inside((name for names in builder.config.data_files.values() for name in names), config)
+    splits = _prepare(builder)
+    lost = len(images) - sum(len(rows) for rows in splits.values())
+    if lost > 0:
+        warnings.warn(
+            f"{lost:,} of {len(images):,} images are in no metadata file and left out", stacklevel=2
+        )
+    return splits
+
+
+def _prepare(builder: datasets.DatasetBuilder, files: Sequence[Path] = ()) -> dict[str, Dataset]:
+    """Find the builder's Arrow files, or check `files` and make them of these, and open them."""
+    if not os.path.exists(builder.cache_dir):
+        check_data_files(files)
+    generate = getattr(builder, "_generate_examples", None)
+    if generate is not None:
+        builder._generate_examples = lambda **options: _with_own_bytes(generate(**options))
+    builder.download_and_prepare()
+    return builder.as_dataset()
+
+
+def _with_own_bytes(examples: Iterable[tuple[Any, dict]]) -> Iterator[tuple[Any, dict]]:
+    """The examples of an archive, so that datasets does not replace an image by the file that has the same
+    name where the command was started (`encode_example` of its feature Image does)."""
+    for key, example in examples:
+        for value in example.values():
+            if isinstance(value, dict) and value.keys() == {"path", "bytes"} and value["bytes"] is not None:
+                value["path"] = None if os.path.isfile(str(value["path"])) else value["path"]
+        yield key, example
 
 
 def _load_folder(root: Path, names: list[str], config: DataConfig) -> dict[str, Dataset]:
@@ -99,6 +168,9 @@ def _load_folder(root: Path, names: list[str], config: DataConfig) -> dict[str, 
     if len(classes) > 1 and "" not in classes:
         features["label"] = ClassLabel(names=classes)
     columns: dict[str, dict[str, list]] = defaultdict(lambda: {name: [] for name in features})
+    for name in names:
+        if not name.isascii() and name != os.fsencode(name).decode(errors="replace"):
+            raise ValueError(f"the name of {name!r} is not UTF-8: rename it")
     for name, part, folder in zip(names, parts, folders, strict=True):
         split = columns[part[0] if depth else "train"]
         split["image"].append(str(root.absolute() / name))
@@ -122,19 +194,34 @@ def _has_split_folders(parts: list[list[str]], config: DataConfig) -> bool:
 
 
 def _files(root: Path) -> list[str]:
-    """Names of all visible files below `root`, relative to it, sorted."""
+    """Names of all visible files below `root`, relative to it, sorted. Links are followed."""
     found = []
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for link in filter(os.path.islink, (os.path.join(folder, name) for name in folders)):
+            if Path(folder).resolve().is_relative_to(os.path.realpath(link)):
+                raise ValueError(f"the link {link} leads back to a folder that holds it: remove it")
         below = Path(folder).relative_to(root)
         found += [(below / name).as_posix() for name in files if not name.startswith(".")]
     return sorted(found)
 
 
+def _raise(error: OSError) -> None:
+    raise error  # `os.walk` itself would leave the folder out
+
+
 def _files_identity(path: Path) -> list:
-    names = [path.name] if path.is_file() else _files(path)
-    stats = [((path.parent if path.is_file() else path) / name).stat() for name in names]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, stats, strict=True)]
+    names = _files(path) if path.is_dir() else [path.name]
+    folder = path if path.is_dir() else path.parent
+    return [[name, *_size_and_time(folder / name)] for name in names]
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:  # a link that leads nowhere: the scan reports it if it should be an image
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
 
 
 def _load_from_hub(config: DataConfig) -> tuple[dict[str, Dataset], Any]:
@@ -142,9 +229,9 @@ def _load_from_hub(config: DataConfig) -> tuple[dict[str, Dataset], Any]:
     datasets.config.HF_HUB_OFFLINE = before or problem is not None  # straight to the cache: retries take 20 s
     try:
         builder = datasets.load_dataset_builder(config.dataset, config.subset)
-        builder.download_and_prepare()
+        splits = _prepare(builder)
         identity = [config.dataset, builder.config.name, builder.hash]  # the hash is that of the Hub's commit
-        return builder.as_dataset(), identity
+        return splits, identity
     except ConnectionError as error:
         raise ValueError(
             f"it is no local path, the Hub does not answer ({problem or error}), and there is no cached copy"
@@ -176,79 +263,3 @@ def split_names(splits: dict[str, Dataset], config: DataConfig) -> tuple[str, st
         raise ValueError(f"--data.test_split and --data.train_split are both {config.test_split!r}")
     others = [name for name in HELD_OUT_NAMES if name in splits and name != config.train_split]
     return config.train_split, config.test_split or next(iter(others), None)
-
-
-def image_column(features: Features, config: DataConfig) -> str:
-    """The column of images: of type Image, else of encoded bytes. ValueError if there is none or several."""
-    candidates = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
-    candidates = candidates or [name for name, feature in features.items() if _is_encoded(feature)]
-    chosen = _choose("images", "image_column", config.image_column, candidates, features)
-    if chosen is None:
-        raise ValueError(f"No column is of type Image or of encoded bytes: {_listing(features)}")
-    if not (isinstance(features[chosen], ImageFeature) or _is_encoded(features[chosen])):
-        raise ValueError(f"--data.image_column {chosen!r} holds no images: {_listing(features)}")
-    return chosen
-
-
-def label_column(features: Features, config: DataConfig) -> str | None:
-    """The column of classes: of type ClassLabel, else with a usual name, else None. ValueError if several."""
-    candidates = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    named = [name for name, feature in features.items() if name.lower() in LABEL_NAMES and _is_class(feature)]
-    candidates = candidates or named
-    chosen = _choose("classes", "label_column", config.label_column, candidates, features)
-    if chosen is not None and not (isinstance(features[chosen], ClassLabel) or _is_class(features[chosen])):
-        raise ValueError(f"--data.label_column {chosen!r} holds no classes: {_listing(features)}")
-    return chosen
-
-
-def _choose(
-    content: str, option: str, wanted: str | None, found: list[str], features: Features
-) -> str | None:
-    if wanted is not None and wanted not in features:
-        raise ValueError(f"There is no column {wanted!r} (--data.{option}), only {_listing(features)}")
-    if wanted is None and len(found) > 1:
-        raise ValueError(f"Several columns may hold {content}: {', '.join(found)}. Choose by --data.{option}")
-    return wanted or next(iter(found), None)
-
-
-def _listing(features: Features) -> str:
-    return ", ".join(f"{name} ({getattr(feature, '_type', 'struct')})" for name, feature in features.items())
-
-
-def _is_encoded(feature: Any) -> bool:
-    content = feature.get("bytes") if isinstance(feature, dict) else feature
-    return isinstance(content, Value) and content.dtype in ("binary", "large_binary")
-
-
-def _is_class(feature: Any) -> bool:
-    return isinstance(feature, Value) and CLASS_TYPES.fullmatch(feature.dtype) is not None
-
-
-def column_values(rows: Dataset, column: str) -> list:
-    """All values of one column, without touching the others."""
-    return rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
-
-
-def class_names(rows: Dataset, column: str) -> list[str]:
-    """Names of the classes by number: the column's own, its sorted strings, or numbers up to the largest."""
-    feature = rows.features[column]
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    values = set(column_values(rows, column)) - {None}
-    if "string" in feature.dtype:
-        return sorted(values)
-    return [str(number) for number in range(1 + int(max(values, default=-1)))]
-
-
-def class_numbers(rows: Dataset, column: str, names: list[str], split: str) -> list[int]:
-    """The class of every row. ValueError if one is not among `names`."""
-    known = {name: number for number, name in enumerate(names)}
-    values = [known.get(value, value) for value in column_values(rows, column)]
-    wrong = [value for value in values if not isinstance(value, int) or not 0 <= value < len(names)]
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} of {len(values)} labels in column {column!r} of split {split!r} are not among the "
-            f"{len(names)} classes, the first is {wrong[0]!r}. Choose another column or split "
-            "(--data.label_column, --data.train_split, --data.test_split)."
-        )
-    return [int(value) for value in values]

@@ -1,15 +1,18 @@
 """Stage 1: train the autoencoder, or take an existing one."""
 
-import tempfile
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
+from accelerate.utils import DistributedType
+from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch.utils.data import DataLoader
 
 from ldm_pipeline.models import load_autoencoder
-from training.checkpoint import Checkpoints, atomic_write
+from training.checkpoint import Checkpoints
 from training.ema import EMA
+from training.errors import RunError
+from training.files import write_bytes, write_tensors
+from training.interruption import Interrupted, leave_signals_to_parent
 from training.losses import (
     AutoencoderLoss,
     PatchDiscriminator,
@@ -22,7 +25,7 @@ from training.losses import (
 from training.metrics import measure_reconstruction
 from training.networks import latent_shape_of, new_autoencoder
 from training.order import StepSampler, generator, slice_of_batch
-from training.run import Run, build_optimizer
+from training.run import Run, build_optimizer, optimizer_step, spread
 from training.run_log import RunLog
 from training.script import main
 
@@ -40,19 +43,24 @@ def train_autoencoder(run: Run) -> None:
         run.finish("autoencoder", {"pretrained": config.pretrained, "steps": 0, "seconds": 0.0})
         return
 
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise RunError("FSDP is for the denoiser: train the autoencoder first, without it, by "
+                       "train_autoencoder.py and encode_latents.py")  # fmt: skip
+
     # Networks, optimizers and what a checkpoint holds.
     autoencoder = new_autoencoder(run.config).to(run.device)
     discriminator = PatchDiscriminator(data.channels).to(run.device) if config.gan_weight else None
     perceptual = perceptual_distance(config)
     trained = AutoencoderLoss(autoencoder, config, None if perceptual is None else perceptual.to(run.device))
     ema = EMA(autoencoder, config.ema_fraction, config.ema_half_life)
+    ema = EMA(autoencoder, config.ema_fraction, config.ema_half_life)
     optimizer = build_optimizer(config, autoencoder)
     states = {"autoencoder": autoencoder, "ema": ema, "optimizer": optimizer}
     if discriminator is not None:
         discriminator_optimizer = build_optimizer(config, discriminator)
         states |= {"discriminator": discriminator, "discriminator_optimizer": discriminator_optimizer}
-    checkpoints = Checkpoints(folder, states, config.keep_checkpoints)
-    record = checkpoints.restore(config.max_steps)
+    checkpoints = Checkpoints(folder, states, config)
+    record = checkpoints.restore(accelerator)
     if config.compile:
         trained.compile()
     model = accelerator.prepare(trained)
@@ -64,7 +72,14 @@ def train_autoencoder(run: Run) -> None:
     sampler = StepSampler(
         len(run.data.train), batch, seed, record["step"], config.max_steps, data.horizontal_flip, *place
     )
-    loader = iter(DataLoader(run.data.train, batch_sampler=sampler, num_workers=data.num_workers))
+    loader = iter(
+        DataLoader(
+            run.data.train,
+            batch_sampler=sampler,
+            num_workers=data.num_workers,
+            worker_init_fn=leave_signals_to_parent,
+        )
+    )
     latent_shape = latent_shape_of(autoencoder, run.config)
     log = RunLog(run, "autoencoder", config, record)
 
@@ -89,24 +104,21 @@ def train_autoencoder(run: Run) -> None:
                     terms["adversarial"] = fooled
                     terms["adaptive_weight"] = adaptive_weight(loss, fooled, last_layer(autoencoder))
                     loss = loss + config.gan_weight * terms["adaptive_weight"] * fooled
-                accelerator.backward(loss / parts)
+                accelerator.backward(spread(loss) / parts)
             if adversarial:
                 with nullcontext() if part == parts - 1 else accelerator.no_sync(judge):
                     logits = judge(torch.cat([target, reconstruction.detach()]))
                     terms["discriminator"] = discriminator_loss(*logits.chunk(2))
-                    accelerator.backward(terms["discriminator"] / parts)
+                    accelerator.backward(spread(terms["discriminator"]) / parts)
             log.add({key: value / parts for key, value in terms.items()})
-        log.add({"grad_norm": accelerator.clip_grad_norm_(autoencoder.parameters(), config.max_grad_norm)})
-        optimizer.step()
-        optimizer.zero_grad()
+        norm, skipped = optimizer_step(accelerator, optimizer, config.max_grad_norm)
+        log.add({"grad_norm": norm})
         if adversarial:
-            norm = accelerator.clip_grad_norm_(discriminator.parameters(), config.max_grad_norm)
+            norm, bad = optimizer_step(accelerator, discriminator_optimizer, config.max_grad_norm)
             log.add({"discriminator_grad_norm": norm})
-            discriminator_optimizer.step()
-            discriminator_optimizer.zero_grad()
+            skipped = skipped | bad
         ema.update((step + 1) * batch, batch)
-
-        log.step_done(step + 1)
+        log.step_done(step + 1, skipped)
 
         with log.paused():
             if log.due(config.validate_every):
@@ -114,8 +126,11 @@ def train_autoencoder(run: Run) -> None:
                     log.write(
                         measure_reconstruction(run, autoencoder, 512, f"autoencoder-{step + 1:07d}.png")
                     )
-            if log.due(config.checkpoint_every):
-                checkpoints.save(accelerator, step + 1, {"seconds": log.seconds})
+            stopping = run.interruption.requested()
+            if stopping or log.due(config.checkpoint_every):
+                checkpoints.save(accelerator, step + 1, log.record())
+            if stopping:
+                raise Interrupted
 
     log.close()
     with ema.swapped():
@@ -129,10 +144,11 @@ def save_autoencoder(run: Run, autoencoder: torch.nn.Module) -> None:
     if run.accelerator.is_main_process:
         folder = run.folder / "autoencoder"
         folder.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as aside:
-            autoencoder.save_pretrained(aside, safe_serialization=True)
-            for path in Path(aside).iterdir():
-                atomic_write(folder / path.name, path.read_bytes())
+        tensors = {
+            name: value.detach().cpu().contiguous() for name, value in autoencoder.state_dict().items()
+        }
+        write_tensors(folder / SAFETENSORS_WEIGHTS_NAME, tensors)
+        write_bytes(folder / CONFIG_NAME, autoencoder.to_json_string().encode())
 
 
 if __name__ == "__main__":

@@ -1,24 +1,28 @@
 """Stage 3: train the denoiser on the latents."""
 
-import json
-import shutil
 from contextlib import nullcontext
 
 import torch
+from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from ldm_pipeline.models import build_scheduler, load_autoencoder
 from ldm_pipeline.pipeline import Condition, LDMPipeline
-from training.checkpoint import Checkpoints, move_into_place
+from training.checkpoint import Checkpoints
+from training.dropout import draw_dropout, use_global_dropout
 from training.ema import EMA
+from training.errors import RunError
+from training.files import read_json, replacing
+from training.interruption import Interrupted
 from training.latents import LatentSet
 from training.metrics import draw_grid, validation_loss
 from training.networks import new_denoiser
 from training.objectives import DenoisingLoss, draw_timesteps, stratified
 from training.order import batch_flips, batch_indices, generator, slice_of_batch
-from training.run import Run, build_optimizer
+from training.run import Run, build_optimizer, optimizer_step, spread
 from training.run_log import RunLog
 from training.script import main
+from training.sharding import prepare, whole
 
 
 def train_denoiser(run: Run) -> None:
@@ -26,7 +30,7 @@ def train_denoiser(run: Run) -> None:
     config, accelerator, device = run.config.denoiser, run.accelerator, run.device
     folder = run.folder / "denoiser"
     manifest = run.require(run.folder / "latents" / "manifest.json", "encode_latents.py")
-    key = json.loads(manifest.read_text())["key"]
+    key = read_json(manifest)["key"]
     if _stands(run, key):
         return
 
@@ -38,15 +42,7 @@ def train_denoiser(run: Run) -> None:
     )
     check_scale(run, latents)
     trained = DenoisingLoss(new_denoiser(run.config, run.data, latents.shape), config).to(device)
-    unet = trained.unet
-    ema = EMA(unet, config.ema_fraction, config.ema_half_life)
-    optimizer = build_optimizer(config, trained)
-    checkpoints = Checkpoints(
-        folder, {"model": trained, "ema": ema, "optimizer": optimizer}, config.keep_checkpoints
-    )
-    record = checkpoints.restore(config.max_steps)
-    if record.setdefault("latents", key) != key:
-        raise ValueError(f"{folder} was trained on other latents than there are now: --redo '[denoiser]'")
+    unet, dropouts = trained.unet, use_global_dropout(trained.unet)
     pipeline = LDMPipeline(
         autoencoder,
         unet,
@@ -56,30 +52,35 @@ def train_denoiser(run: Run) -> None:
     )
     if config.compile:
         unet.compile()
-    model = accelerator.prepare(trained)
+    optimizer = build_optimizer(config, trained)
+    model = prepare(accelerator, trained, unet, optimizer)
+    ema = EMA(unet, config.ema_fraction, config.ema_half_life)
+    checkpoints = Checkpoints(folder, {"model": trained, "ema": ema, "optimizer": optimizer}, config)
+    record = checkpoints.restore(accelerator)
+    if record.setdefault("latents", key) != key:
+        raise RunError(f"{folder} was trained on other latents than there are now: --redo '[denoiser]'")
     place = (accelerator.process_index, accelerator.num_processes, config.gradient_accumulation_steps)
     log = RunLog(run, "denoiser", config, record)
 
     for step in range(record["step"], config.max_steps):
         optimizer.param_groups[0]["lr"] = config.learning_rate_at(step)
         batch = draw_batch(run, latents, step)
-        if config.dropout:
-            torch.manual_seed(generator("cpu", run.config.seed, "dropout", step, place[0]).initial_seed())
+        dropout_seed = generator("cpu", run.config.seed, "dropout", step).initial_seed()
         for part in range(place[2]):
             share = slice_of_batch(config.batch_size, *place, part)
+            draw_dropout(dropouts, dropout_seed, config.batch_size, share, device)
             clean = log.wait(
                 latents.batch, *(batch[name][share] for name in ("indices", "flips", "posterior_noise"))
             )
             condition = condition_of(latents, unet, batch["indices"][share], batch["dropped"][share])
             with nullcontext() if part == place[2] - 1 else accelerator.no_sync(model):
                 loss, errors = model(clean, batch["noise"][share], batch["timesteps"][share], condition)
-                accelerator.backward(loss / place[2])
+                accelerator.backward(spread(loss) / place[2])
             log.add({"loss": loss / place[2], "error": errors.mean() / place[2]})
-        log.add({"grad_norm": accelerator.clip_grad_norm_(trained.parameters(), config.max_grad_norm)})
-        optimizer.step()
-        optimizer.zero_grad()
+        norm, skipped = optimizer_step(accelerator, optimizer, config.max_grad_norm)
+        log.add({"grad_norm": norm})
         ema.update((step + 1) * config.batch_size, config.batch_size)
-        log.step_done(step + 1)
+        log.step_done(step + 1, skipped)
 
         with log.paused():
             if log.due(config.validate_every):
@@ -89,12 +90,14 @@ def train_denoiser(run: Run) -> None:
                 draw_grid(run, pipeline, f"denoiser-{step + 1:07d}-raw.png")
                 with ema.swapped():
                     draw_grid(run, pipeline, f"denoiser-{step + 1:07d}-ema.png")
-            if log.due(config.checkpoint_every):
-                checkpoints.save(accelerator, step + 1, {"seconds": log.seconds, "latents": key})
+            stopping = run.interruption.requested()
+            if stopping or log.due(config.checkpoint_every):
+                checkpoints.save(accelerator, step + 1, {**log.record(), "latents": key})
+            if stopping:
+                raise Interrupted
 
     log.close()
-    with ema.swapped():
-        save_pipeline(run, pipeline)
+    save_pipeline(run, pipeline, ema)
     images = config.max_steps * config.batch_size
     run.finish(
         "denoiser", {"steps": config.max_steps, "images": images, "seconds": log.seconds, "latents": key}
@@ -107,7 +110,7 @@ def _stands(run: Run, key: dict) -> bool:
     if not done or done["steps"] < run.config.denoiser.max_steps or not (run.folder / "pipeline").exists():
         return False
     if done["latents"] != key:
-        raise ValueError(f"{run.folder / 'denoiser'} was trained on other latents: --redo '[denoiser]'")
+        raise RunError(f"{run.folder / 'denoiser'} was trained on other latents: --redo '[denoiser]'")
     run.print(f"denoiser: {run.folder / 'pipeline'} stands; --redo '[denoiser]' does it again")
     return True
 
@@ -116,7 +119,7 @@ def check_scale(run: Run, latents: LatentSet) -> None:
     """Refuse latents that are not normalised: the denoiser would learn another noise level.
 
     Raises:
-        ValueError: if the deviation of up to 2,048 images is not between 0.8 and 1.25.
+        RunError: if the deviation of up to 2,048 images is not between 0.8 and 1.25.
     """
     indices = torch.randperm(len(latents), generator=generator("cpu", run.config.seed, "scale"))[:2048]
     noise = torch.randn(
@@ -124,7 +127,7 @@ def check_scale(run: Run, latents: LatentSet) -> None:
     )
     deviation = latents.batch(indices, torch.zeros_like(indices), noise).std().item()
     if not 0.8 <= deviation <= 1.25:
-        raise ValueError(
+        raise RunError(
             f"the normalised latents have deviation {deviation:.3f}, wanted 0.8 to 1.25: the statistics "
             f"in {run.folder / 'autoencoder' / 'config.json'} are not those of "
             f"{run.folder / 'latents'}; measure them again with --redo '[latents]'"
@@ -163,13 +166,20 @@ def condition_of(latents: LatentSet, unet: nn.Module, indices: Tensor, dropped: 
     return Condition(class_labels=latents.class_labels(indices)).drop(dropped, null)
 
 
-def save_pipeline(run: Run, pipeline: LDMPipeline) -> None:
-    """Write the pipeline folder whole, or not at all."""
+def save_pipeline(run: Run, pipeline: LDMPipeline, ema: EMA) -> None:
+    """Write the pipeline folder with the averaged denoiser, whole or not at all."""
+    averages = {name: whole(value) for name, value in ema.state_dict().items()}
     if run.accelerator.is_main_process:
-        aside = run.folder / ".pipeline.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        pipeline.save_pretrained(aside)
-        move_into_place(aside, run.folder / "pipeline")
+        with torch.device("meta"):
+            unet = UNet2DModel.from_config(pipeline.unet.config)  # the trained one may be in shards
+        unet.load_state_dict(averages, assign=True)
+        parts = {**pipeline.components, "unet": unet}
+        averaged = LDMPipeline(
+            **parts, objective=pipeline.config.objective, id2label=pipeline.config.id2label
+        )
+        size = sum(p.nbytes for part in (averaged.vae, unet) for p in part.parameters())
+        with replacing(run.folder / "pipeline", size) as aside:
+            averaged.save_pretrained(aside)
     run.accelerator.wait_for_everyone()
 
 

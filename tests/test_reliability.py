@@ -1,0 +1,389 @@
+"""What docs/reliability.md promises, by real processes on real files."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from chaos import contents, differences
+from conftest import ROOT, TINY, command, environment, launch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from training.files import clean_up, replacing
+from training.interruption import EXIT_CODE
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+ALONE = [sys.executable, str(ROOT / "training" / "train_ldm.py"), "--config", str(TINY)]
+
+
+def run_alone(*options, check: bool = True, prepare: str = "", **more) -> subprocess.CompletedProcess:
+    """The main job in one process, without a launcher; `prepare` is code that runs in it before."""
+    started = [sys.executable, "-c", PREPARED.format(prepare), *ALONE[2:]] if prepare else ALONE
+    finished = subprocess.run(
+        [*started, *map(str, options)], capture_output=True, text=True, timeout=300,
+        **{"env": environment(), **more},
+    )  # fmt: skip
+    if check:
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished
+
+
+PREPARED = f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+{{}}
+if __name__ == "__main__":
+    sys.argv = ["train_ldm.py", *sys.argv[1:]]
+    runpy.run_path({str(ROOT / "training" / "train_ldm.py")!r}, run_name="__main__")
+"""
+
+
+def weights(run: Path, part: str) -> dict[str, torch.Tensor]:
+    return load_file(run / "pipeline" / part / WEIGHTS)
+
+
+def relative_difference(a: Path, b: Path, part: str) -> float:
+    """Largest relative difference of a weight in the pipelines of two runs.
+
+    Not of the biases: one in front of a normalisation, or of the keys of an attention, has no effect and no
+    gradient but rounding errors, and Adam makes whole steps of these.
+    """
+    one, two = weights(a, part), weights(b, part)
+    names = [name for name in one if name.endswith(".weight")]
+    return max(((one[name] - two[name]).norm() / one[name].norm()).item() for name in names)
+
+
+def lines(run: Path, stage: str) -> list[dict]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["stage"] == stage]
+
+
+def stop_after(process: subprocess.Popen, run: Path, text: str, sent: int) -> tuple[int, float]:
+    """Signal a process, and its group if it has one, when `text` stands in the log; exit code and seconds."""
+    log, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    while not (log.exists() and text in log.read_text()) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    if os.getpgid(process.pid) == process.pid:
+        os.killpg(process.pid, sent)
+    else:
+        process.send_signal(sent)
+    begun = time.monotonic()
+    return process.wait(120), time.monotonic() - begun
+
+
+def interrupted(run: Path, script: str, stage: str, options: list[str]) -> None:
+    """Begin a stage with two processes, and after SIGTERM end it with one."""
+    process = subprocess.Popen(
+        command(script, "--output_dir", run, *options, processes=2),
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    stop_after(process, run, f'"stage": "{stage}", "step": 14', signal.SIGTERM)
+    assert f"stopped in stage {stage}" in process.stdout.read()
+    launch("train_ldm.py", "--output_dir", run, *options)
+
+
+def test_one_process_is_two_and_two_resumed_as_one(tmp_path):
+    """50 steps of each network, with dropout and accumulation: only the order of sums differs.
+
+    With the squared error: the absolute one has a kink at 0, where a rounding error can turn a gradient.
+    """
+    options = [
+        "--autoencoder.reconstruction_loss=l2",
+        "--autoencoder.max_steps=50",
+        "--denoiser.max_steps=50",
+        "--denoiser.sample_every=50",
+    ]
+    one, two, both = (tmp_path / name for name in ("one", "two", "both"))
+    launch("train_ldm.py", "--output_dir", one, *options)
+    launch("train_ldm.py", "--output_dir", two, *options, processes=2)
+    interrupted(both, "train_ldm.py", "autoencoder", options)
+    for run in (two, both):
+        difference = relative_difference(one, run, "vae")
+        print(f"autoencoder after 50 steps, {run.name}: largest relative difference {difference:.1e}")
+        assert difference < 1e-5
+    # Every process drew its share; the grids are those of one.
+    for name in ("samples.png", "reconstructions.png"):
+        a, b = (torch.tensor(list(Image.open(run / "samples" / name).tobytes())) for run in (one, two))
+        assert (a - b).abs().max() <= 2
+
+    again = [*options, "--redo=[denoiser]", "--denoiser.gradient_accumulation_steps=2"]
+    for run in (two, both):  # from the same latents, as these are rounded to float16
+        shutil.rmtree(run)
+        shutil.copytree(one, run)
+    launch("train_ldm.py", "--output_dir", two, *again, processes=2)
+    interrupted(both, "train_ldm.py", "denoiser", again)
+    for run in (two, both):
+        difference = relative_difference(one, run, "unet")
+        print(f"denoiser after 50 steps, {run.name}: largest relative difference {difference:.1e}")
+        assert difference < 1e-5
+        for a, b in zip(lines(one, "denoiser"), lines(run, "denoiser"), strict=True):
+            assert a["step"] == b["step"] and a.get("loss") == pytest.approx(b.get("loss"), rel=1e-5)
+
+
+SHARDED = """
+import torch.distributed
+import training.train_denoiser as module
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+def prepare(accelerator, trained, network, optimizer):
+    # What Accelerate does on GPUs by its configuration; on CPUs it refuses.
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for part in (network.mid_block, network, trained):
+        fully_shard(part, mesh=mesh)
+    optimizer.param_groups[0]["params"] = list(trained.parameters())
+    assert sum(p.to_local().numel() for p in network.parameters()) < 0.6 * sum(
+        p.numel() for p in network.parameters())
+    return trained
+
+module.prepare = prepare"""
+
+
+def test_a_sharded_denoiser_is_the_whole_one(tiny_run, tmp_path):
+    """FSDP2 on two processes: the same weights, and a checkpoint that one plain process continues."""
+    script = tmp_path / "job.py"
+    script.write_text(PREPARED.format(SHARDED))
+    options = ["--denoiser.max_steps=20", "--redo=[denoiser]", "--denoiser.checkpoint_every=10"]
+    for name in ("plain", "sharded", "both"):
+        shutil.copytree(tiny_run, tmp_path / name)
+    launch("train_ldm.py", "--output_dir", tmp_path / "plain", *options)
+    launch(script, "--output_dir", tmp_path / "sharded", *options, processes=2)
+    interrupted(tmp_path / "both", script, "denoiser", options)
+    for name in ("sharded", "both"):
+        assert relative_difference(tmp_path / "plain", tmp_path / name, "unet") < 1e-5
+        assert json.loads((tmp_path / name / "pipeline/unet/config.json").read_text())["_class_name"] == (
+            "UNet2DModel"
+        )
+
+
+def test_a_signal_saves_first_and_a_second_one_ends_at_once(tmp_path):
+    run = tmp_path / "run"
+    options = [*ALONE, "--output_dir", str(run), "--autoencoder.max_steps", "100000"]
+    options += ["--autoencoder.checkpoint_every", "100000", "--autoencoder.validate_every", "100000"]
+    options += ["--data.num_workers", "2"]  # which a terminal's Ctrl-C reaches too
+    process = subprocess.Popen(
+        options, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    code, seconds = stop_after(process, run, '"step": 6,', signal.SIGINT)
+    printed = process.stdout.read()
+    assert code == EXIT_CODE and seconds < 30
+    saved = int(re.search(r"stopped in stage autoencoder.*checkpoint-(\d+)", printed)[1])
+    assert saved >= 6 and (run / "autoencoder" / f"checkpoint-{saved}" / "state.json").exists()
+    # Held by a step that does not end, a second signal does what it would without this package.
+    stuck = "import time, training.train_autoencoder as t\nt.optimizer_step = lambda *a: time.sleep(100)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", PREPARED.format(stuck), *options[2:]],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    time.sleep(20)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == -signal.SIGTERM
+
+
+def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
+    run = tmp_path / "run"
+    first = subprocess.Popen(
+        [*ALONE, "--output_dir", str(run), "--autoencoder.max_steps", "100000"],
+        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        while not (run / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        second = run_alone("--output_dir", run, "--autoencoder.max_steps", "100000", check=False)
+        assert second.returncode == 2 and "another process is at work" in second.stderr
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_workers_that_are_spawned_change_nothing(tiny_run, tmp_path):
+    """As on Windows and macOS: whatever a worker process receives is pickled."""
+    spawn = "import multiprocessing\nmultiprocessing.set_start_method('spawn', force=True)"
+    script = tmp_path / "job.py"  # a spawned child imports the main module, so there must be one
+    script.write_text(
+        PREPARED.format(f"if __name__ == '__main__':\n    {spawn.replace(chr(10), chr(10) + '    ')}")
+    )
+    finished = subprocess.run(
+        [sys.executable, str(script), *ALONE[2:], f"--output_dir={tmp_path / 'run'}", "--data.num_workers=1"],
+        capture_output=True, text=True, timeout=300, env=environment(),
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    kept = {name for name in differences(tiny_run, tmp_path / "run") if not name.startswith("config.yaml")}
+    assert kept == set()
+
+
+def test_a_step_that_is_not_finite_is_not_applied(tmp_path):
+    """Noise that is NaN in two steps: they are counted and skipped; and in all steps: the run stops."""
+    prepare = """
+import training.train_denoiser as module
+draw = module.draw_batch
+def damaged(run, latents, step):
+    batch = draw(run, latents, step)
+    if step in {steps}:
+        batch["noise"][3] = float("nan")
+    return batch
+module.draw_batch = damaged"""
+    run = tmp_path / "run"
+    run_alone("--output_dir", run, prepare=prepare.format(steps=[1, 6]))
+    skipped = {line["step"]: line["skipped"] for line in lines(run, "denoiser") if "skipped" in line}
+    assert skipped == {2: 1, 8: 1}
+    for path in run.rglob("*.safetensors"):
+        assert all(value.isfinite().all() for value in load_file(path).values()), path
+    optimizer = load_file(run / "denoiser" / "checkpoint-12" / "optimizer.safetensors")
+    assert {value.item() for name, value in optimizer.items() if name.endswith(".step")} == {10.0}
+
+    longer = ["--output_dir", run, "--denoiser.max_steps=40"]
+    stopped = run_alone(*longer, check=False, prepare=prepare.format(steps="range(14, 40)"))
+    assert stopped.returncode == 2 and "Traceback" not in stopped.stderr
+    for part in ("from step 14 on", "mixed_precision no", "checkpoint-16", "images of step 14: ["):
+        assert part in stopped.stderr, stopped.stderr
+    good = load_file(run / "denoiser" / "checkpoint-16" / "ema.safetensors")
+    assert all(value.isfinite().all() for value in good.values())
+    run_alone(*longer)  # and from there it goes on
+    assert (run / "pipeline" / "model_index.json").exists()
+
+
+def test_an_error_of_one_process_ends_all_with_its_message(tmp_path):
+    """An image that is damaged after the scan: one process meets it first."""
+    images, run = tmp_path / "images", tmp_path / "run"
+    images.mkdir()
+    for number in range(64):
+        Image.new("L", (16, 16), number).save(images / f"{number:02d}.png")
+    options = ["--output_dir", run, "--data.dataset", images, "--autoencoder.batch_size", "8"]
+    options += ["--denoiser.batch_size", "8", "--denoiser.class_conditional", "false"]
+    launch("train_autoencoder.py", *options, "--autoencoder.max_steps=5", processes=2)
+    for number in (7, 20, 33, 41, 50):
+        path = images / f"{number:02d}.png"
+        stat = path.stat()
+        path.write_bytes(b"\0" * stat.st_size)  # bit rot: neither size nor time tell
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    begun = time.monotonic()
+    ended = launch("train_autoencoder.py", *options, "--autoencoder.max_steps=500", processes=2, check=False)
+    assert ended.returncode != 0 and time.monotonic() - begun < 60
+    assert re.search(r"\[process [01]\] error: .*\d\d\.png", ended.stderr), ended.stderr
+    assert re.search(r"last good state is .*checkpoint-\d+", ended.stderr)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(tiny_run, tmp_path):
+    run = tmp_path / "run"
+    options = ["--output_dir", run, "--autoencoder.keep_checkpoints", "2", "--autoencoder.max_steps", "12"]
+    script = [*ALONE[:1], str(ROOT / "training" / "train_autoencoder.py"), *ALONE[2:]]
+    subprocess.run([*script, *map(str, options)], check=True, env=environment(), capture_output=True)
+    (run / "autoencoder" / "done.json").unlink()
+    newest = run / "autoencoder" / "checkpoint-12"
+    damaged = newest / "optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    refused = run_alone(*options, check=False)
+    assert refused.returncode == 2 and str(damaged) in refused.stderr and "checkpoint-8" in refused.stderr
+    for path in newest.iterdir():
+        path.unlink()
+    newest.rmdir()
+    run_alone(*options)
+    kept = contents(run)
+    kept = {
+        name: value for name, value in kept.items() if "checkpoint-8" not in name and name != "config.yaml"
+    }
+    straight = contents(tiny_run)
+    assert [name for name in kept if kept[name] != straight.get(name)] == []
+
+
+def test_every_mth_checkpoint_is_kept(tmp_path):
+    options = ["--output_dir", tmp_path, "--autoencoder.checkpoint_every=2", "--autoencoder.keep_every=4"]
+    launch("train_autoencoder.py", *options, "--autoencoder.max_steps=10")
+    found = {path.name for path in (tmp_path / "autoencoder").glob("checkpoint-*")}
+    assert found == {"checkpoint-4", "checkpoint-8", "checkpoint-10"}
+
+
+def test_torn_foreign_and_outside_latents(tiny_run, tmp_path):
+    run = tmp_path / "run"
+    launch("train_autoencoder.py", "--output_dir", run)
+    launch("encode_latents.py", "--output_dir", run)
+    shard, straight = run / "latents" / "train-00001.safetensors", contents(tiny_run)
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])  # torn
+    assert (
+        "train-00001.safetensors is encoded again" in launch("encode_latents.py", "--output_dir", run).stdout
+    )
+    assert shard.read_bytes() == whole == straight["latents/train-00001.safetensors"]
+    save_file({"mean": torch.zeros(707, 1, 4, 4, 4)}, shard)  # foreign
+    assert "is encoded again: it holds" in launch("encode_latents.py", "--output_dir", run).stdout
+    assert shard.read_bytes() == whole
+    manifest = run / "latents" / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace("train-00000", "../../elsewhere"))
+    refused = launch("train_denoiser.py", "--output_dir", run, check=False)
+    assert "names files outside" in refused.stderr and "Traceback" not in refused.stderr.split("error:")[0]
+    manifest.write_text("{")
+    refused = run_alone("--output_dir", run, check=False)
+    assert refused.returncode == 2 and str(manifest) in refused.stderr
+
+
+def test_latents_of_another_scale_are_not_trained_on(tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    shutil.rmtree(run / "denoiser")
+    config = run / "autoencoder" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"latents_std": [2 * value for value in values["latents_std"]]}))
+    refused = run_alone("--output_dir", run, check=False)
+    assert refused.returncode == 2 and "wanted 0.8 to 1.25" in refused.stderr
+
+
+def test_tokens_stay_out_of_everything(tmp_path):
+    secret = "hf_" + "Zx9" * 12
+    run = tmp_path / "run"
+    more = {"env": {**environment(), "HF_TOKEN": secret}}
+    good = run_alone("--output_dir", run, "--autoencoder.max_steps=2", "--denoiser.max_steps=2",
+                     "--autoencoder.warmup_steps=0", "--denoiser.warmup_steps=0", **more)  # fmt: skip
+    address = f"https://me:{secret}@example.org/images"
+    bad = run_alone("--output_dir", tmp_path / "bad", "--data.dataset", address, check=False, **more)
+    assert bad.returncode == 2 and "example.org" in bad.stderr
+    for text in (good.stdout, good.stderr, bad.stdout, bad.stderr):
+        assert secret not in text
+    for path in [*run.rglob("*"), *(tmp_path / "bad").rglob("*")]:
+        assert path.is_dir() or secret.encode() not in path.read_bytes(), path
+
+
+def test_a_disk_that_is_too_small_is_found_before_the_first_step(tmp_path):
+    refused = run_alone("--output_dir", tmp_path / "run", "--autoencoder.max_steps", 10**12,
+                        "--autoencoder.keep_every", 1, check=False)  # fmt: skip
+    assert refused.returncode == 2 and "GiB" in refused.stderr and "keep_every" in refused.stderr
+    assert not (tmp_path / "run" / "autoencoder").exists()
+
+
+def test_what_a_killed_write_left_is_cleaned_up_and_never_read(tmp_path):
+    (tmp_path / ".a.json.tmp").write_text("{")
+    (tmp_path / ".pipeline.old").mkdir()
+    (tmp_path / ".pipeline.old" / "x").write_text("whole")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / ".checkpoint-4.tmp").mkdir()
+    clean_up(tmp_path)
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")} == {
+        "b",
+        "pipeline",
+        "pipeline/x",
+    }
+    with pytest.raises(KeyError), replacing(tmp_path / "c", 1) as aside:
+        aside.write_text("half")
+        raise KeyError
+    assert not (tmp_path / "c").exists()
+
+
+def test_no_configuration_reads_a_pickle():
+    """Neither torch.load nor pickle stands anywhere in the package or the training."""
+    for path in [*(ROOT / "ldm_pipeline").glob("*.py"), *(ROOT / "training").glob("*.py")]:
+        assert not re.search(r"torch\.load\(|pickle\.loads?\(|^import pickle", path.read_text(), re.M), path
