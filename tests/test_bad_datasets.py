@@ -1,5 +1,6 @@
 """A data set from a stranger runs no code, reads no other files, and loses no image without a word."""
 
+import gzip
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import torch
 from fuzz_images import check_refused, encoded, six_images, write_sets, write_tar
 from PIL import Image
 
+from training import sources
 from training.config import DataConfig
 from training.data import ImageData, load_images
 from training.scan import scan
@@ -408,3 +410,71 @@ def test_a_pipe_is_no_data_set(folder):
     os.mkfifo(folder / "set.tar")
     assert "any data files" in refused(folder)
     assert "set.tar" in refused(folder / "set.tar")
+
+
+def write_packed(path: Path, trap: bytes) -> Path:
+    """An archive of six images, each with a tensor that a pickle makes up."""
+    images = six_images()[0]
+    members = {f"{n}.png": image for n, image in enumerate(images)}
+    members |= {f"{n}.pth": packed_tensor(trap) for n in range(6)}
+    return write_tar(path, dict(sorted(members.items())))
+
+
+@pytest.mark.parametrize("place", ["b.tar.gz", ".hidden/b.tar", "b.TAR"])
+def test_no_archive_of_a_folder_escapes_the_search_for_pickles(place, folder, tmp_path, trap):
+    write_tar(folder / "a.tar", {f"{n}.png": image for n, image in enumerate(IMAGES)})
+    content = write_packed(tmp_path / "b.tar", trap).read_bytes()
+    (folder / place).parent.mkdir(exist_ok=True)
+    (folder / place).write_bytes(gzip.compress(content) if place.endswith("gz") else content)
+    if place.startswith("."):  # datasets reads it where a card says so
+        card = f"---\nconfigs:\n- config_name: default\n  data_files: {place}\n---\n"
+        (folder / "README.md").write_text(card)
+    assert f"{Path(place).name}" in refused(folder)
+
+
+def test_a_card_cannot_put_an_archive_in_the_place_of_images(folder, trap):
+    for number, image in enumerate(IMAGES):
+        (folder / f"{number}.png").write_bytes(image)
+    (folder / "metadata.csv").write_text("file_name\n" + "".join(f"{n}.png\n" for n in range(6)))
+    write_packed(folder / "b.tar", trap)
+    card = "---\nconfigs:\n- config_name: default\n  data_files: b.tar\n---\n"
+    (folder / "README.md").write_text(card)
+    assert "instead of the images" in refused(folder) and "b.tar" in refused(folder)
+
+
+def test_archives_that_are_not_searched_beforehand_stay_packed(folder, trap):
+    path = write_packed(folder / "b.tar", trap)  # as one of the Hub: it is read as it comes
+    rows = sources._prepare(datasets.load_dataset_builder("webdataset", data_files=str(path)))["train"]
+    assert rows[0]["pth"] == packed_tensor(trap)
+
+
+@pytest.mark.parametrize("name", [".data.arrow", "data.bin", ".hidden/data.arrow"])
+def test_a_saved_set_cannot_hide_its_data_from_the_checks(name, folder):
+    write_sets(folder)
+    saved = folder / "saved"
+    path = next(saved.glob("*.arrow"))
+    (saved / name).parent.mkdir(exist_ok=True)
+    sizes = np.cumsum([0] + [len(image) for image in IMAGES]).astype("<i4")
+    wrong = np.full(7, 2**30, "<i4").tobytes()  # to look there would end the process by a signal
+    (saved / name).write_bytes(path.read_bytes().replace(sizes.tobytes(), wrong))
+    path.unlink()
+    state = json.loads((saved / "state.json").read_text())
+    state["_data_files"] = [{"filename": name}]
+    (saved / "state.json").write_text(json.dumps(state))
+    assert Path(name).name in refused(saved)
+
+
+def test_other_files_in_the_place_of_data_files_are_named(folder):
+    write_table(folder / "set.parquet", image=IMAGES)
+    for name in ("a.txt", "b.txt"):  # datasets takes the commonest kind
+        (folder / name).write_text("hello")
+    assert "a.txt" in refused(folder) and "data file itself" in refused(folder)
+    assert reasons(load(folder / "set.parquet")) == []
+
+
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_columns_of_the_same_name_are_refused(column, folder):
+    table = pyarrow.table({"image": IMAGES, "label": [0, 1] * 3})
+    table = table.append_column(column, table[column])
+    pyarrow.parquet.write_table(table, folder / "set.parquet")
+    assert column in refused(folder / "set.parquet")

@@ -47,10 +47,12 @@ class Checkpoints:
         Raises:
             RunError: it cannot be written, or a weight is not finite; the older checkpoints stay.
         """
-        files = {
-            name: {key: whole(value) for key, value in _tensors_of(state).items()}
-            for name, state in self.states.items()
-        }
+        files: dict[str, dict[str, Tensor]] = {name: {} for name in self.states}
+        for name, state in self.states.items():
+            for key, value in _tensors_of(state).items():
+                value = whole(value)  # of all processes, one tensor at a time
+                if accelerator.is_main_process:
+                    files[name][key] = value.cpu().contiguous()
         if accelerator.is_main_process:
             self._save(step, record, files)
         accelerator.wait_for_everyone()
@@ -67,7 +69,6 @@ class Checkpoints:
         with replacing(self.folder / f"checkpoint-{step}", size) as aside:
             aside.mkdir()
             for name, tensors in files.items():
-                tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
                 save_file(tensors, aside / f"{name}.safetensors")
             write_json(aside / "state.json", {"step": step, **record})
         self._rotate()

@@ -26,6 +26,9 @@ TRANSFORM_VERSION = 1  # raise it when `transform` changes: caches made with the
 MAX_HELD_OUT = 2000
 MAX_FILE_BYTES = 2**31  # more than any picture of as many pixels as Pillow opens
 FOREIGN_FORMATS = ("EPS", "WMF")  # to decode them Pillow hands the file to Ghostscript or to Windows
+# The filter for what `transform` itself refuses. Not `catch_warnings` around every image: Python would forget
+# which of Pillow's other warnings it has shown, and show them again for every image of every epoch.
+NO_BOMBS = ("ignore", None, Image.DecompressionBombWarning, None, 0)
 
 
 class ImageSplit(torch.utils.data.Dataset):
@@ -90,9 +93,10 @@ class ImageSplit(torch.utils.data.Dataset):
         content = _read_file(path, self.folders) if encoded is None else encoded
         if not content:
             raise ValueError("the file is empty")
+        if NO_BOMBS not in warnings.filters:
+            warnings.simplefilter(NO_BOMBS[0], NO_BOMBS[2])
         try:
-            with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-                picture = Image.open(BytesIO(content))  # `transform` has a stricter limit than the warning
+            picture = Image.open(BytesIO(content))
         except UnidentifiedImageError as error:  # its own text holds a memory address
             raise ValueError("no image format that Pillow reads") from error
         if picture.format in FOREIGN_FORMATS:

@@ -93,8 +93,11 @@ def validation_loss(run: Run, unet: nn.Module, objective: dict, latents: LatentS
     )
     sums = torch.zeros(2, BINS, device=device)
     batches = torch.arange(count).split(run.config.evaluation.batch_size)
+    rest = -len(batches) % accelerator.num_processes
     with inference(unet), accelerator.autocast():
-        for indices in batches[accelerator.process_index :: accelerator.num_processes]:
+        # A sharded network must be called equally often by every process: a batch too many does not count.
+        for number in range(accelerator.process_index, len(batches) + rest, accelerator.num_processes):
+            indices, counted = batches[number % len(batches)], float(number < len(batches))
             clean = latents.batch(indices, torch.zeros_like(indices), posterior_noise[indices].to(device))
             labels = latents.class_labels(indices) if unet.config.num_class_embeds else None
             errors, _ = denoising_errors(
@@ -105,12 +108,12 @@ def validation_loss(run: Run, unet: nn.Module, objective: dict, latents: LatentS
                 times[indices].to(device),
                 Condition(labels),
             )
-            sums[0].index_add_(0, bins[indices].to(device), errors)
-            sums[1].index_add_(0, bins[indices].to(device), torch.ones_like(errors))
-    total, number = accelerator.reduce(sums, "sum").cpu()
+            sums[0].index_add_(0, bins[indices].to(device), errors * counted)
+            sums[1].index_add_(0, bins[indices].to(device), torch.full_like(errors, counted))
+    total, each = accelerator.reduce(sums, "sum").cpu()
     return {
-        "val_loss": (total.sum() / number.sum()).item(),
-        "val_loss_by_timestep": [round(value, 5) for value in (total / number)[number > 0].tolist()],
+        "val_loss": (total.sum() / each.sum()).item(),
+        "val_loss_by_timestep": [round(value, 5) for value in (total / each)[each > 0].tolist()],
     }
 
 

@@ -12,6 +12,7 @@ from typing import NoReturn
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
+    DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
@@ -146,6 +147,8 @@ def _accelerator(config: Config) -> Accelerator:
         log_with=[name for name in config.trackers if name not in missing] or None,
         project_config=ProjectConfiguration(config.output_dir, logging_dir=f"{config.output_dir}/logs"),
     )
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
+        raise ValueError("Accelerate shards (FSDP) on several accelerators only: leave out --use_fsdp here")
     set_seed(config.seed)
     accelerator.print(
         f"{state.num_processes} x {state.device.type}, mixed_precision {accelerator.mixed_precision}"

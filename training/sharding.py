@@ -4,32 +4,38 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.errors import RunError
 
 
-def prepare(accelerator: Accelerator, trained: nn.Module, network: nn.Module, optimizer) -> nn.Module:
+def prepare(
+    accelerator: Accelerator, trained: nn.Module, network: nn.Module, optimizer: torch.optim.Optimizer
+) -> nn.Module:
     """What to call in training: `trained`, wrapped for several processes as Accelerate is configured.
 
     Args:
         trained: `network` with its loss.
-        network: what is also called by itself, to sample.
+        network: what is also called by itself, to sample; a Diffusers U-Net.
         optimizer: that of `trained`; it follows the parameters to their shards.
 
     Raises:
-        RunError: if Accelerate's configuration shards `trained` without sharding `network` as a unit.
+        RunError: for FSDP of version 1, which cannot shard the network in place.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return accelerator.prepare(trained)
+    plugin = accelerator.state.fsdp_plugin
+    plugin.cpu_ram_efficient_loading = False  # all processes have built the same network
+    plugin.auto_wrap_policy = transformer_auto_wrap_policy
+    plugin.transformer_cls_names_to_wrap = [type(network).__name__, "ResnetBlock2D"]
+    # Accelerate would round the inputs, the targets and the loss to bf16 too: autocast, as everywhere.
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    trained.forward = accelerator.autocast()(trained.forward)
     model, _ = accelerator.prepare(trained, optimizer)
     if not isinstance(network, FSDPModule):
-        raise RunError(
-            "Accelerate's FSDP configuration must have fsdp_version: 2, fsdp_auto_wrap_policy: "
-            "TRANSFORMER_BASED_WRAP and UNet2DModel in fsdp_transformer_layer_cls_to_wrap, and "
-            "fsdp_cpu_ram_efficient_loading: false"
-        )
+        raise RunError("Accelerate is configured for FSDP 1: give --fsdp_version 2")
     return model
 
 

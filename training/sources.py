@@ -5,8 +5,8 @@ import hashlib
 import os
 import re
 import warnings
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from PIL import Image
 
 from training.config import DataConfig
-from training.data_files import check_data_files, check_inside
+from training.data_files import PICKLES, check_data_files, check_inside
 
 HELD_OUT_NAMES = ("test", "validation", "valid", "val", "dev", "eval", "evaluation", "testing")
 IMAGE_SUFFIXES = (
@@ -79,12 +80,15 @@ def _load_local(path: Path, config: DataConfig) -> dict[str, Dataset]:
         name = glob.escape(str(path.absolute()))
         return _prepare(datasets.load_dataset_builder(BUILDERS[path.suffix], data_files=name), [path])
     names = _files(path)
-    tables = [name for name in names if Path(name).suffix in BUILDERS]
+    tables = [name for name in names if Path(name).suffix.lower() in BUILDERS]
+    if odd := [name for name in tables if Path(name).suffix not in BUILDERS]:
+        raise ValueError(f"datasets would pass over {odd[0]}: write its suffix in small letters")
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         check_data_files([path / name for name in tables])
-        return _load_saved(path, config)
+        return _load_saved(path, tables, config)
     images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    if any(re.fullmatch(r"metadata\.(csv|jsonl|parquet)", Path(name).name) for name in names):
+    described = any(re.fullmatch(r"metadata\.(csv|jsonl|parquet)", Path(name).name) for name in names)
+    if described and (images or not tables):
         return _load_described(path, images, config)  # with the labels of that file
     if tables and images:
         raise ValueError(f"the folder mixes images ({images[0]}) and data files ({tables[0]})")
@@ -93,10 +97,19 @@ def _load_local(path: Path, config: DataConfig) -> dict[str, Dataset]:
     if not images:
         found = ", ".join(sorted({Path(name).suffix or "no suffix" for name in names}))
         raise ValueError(f"the folder holds no images (files found: {found or 'none'})")
+    _warn_of_others(names)
     return _load_folder(path, images, config)
 
 
-def _load_saved(path: Path, config: DataConfig) -> dict[str, Dataset]:
+def _warn_of_others(names: list[str]) -> None:
+    suffixes = Counter(Path(name).suffix.lower() for name in names)
+    if others := {suffix: count for suffix, count in suffixes.items() if suffix not in IMAGE_SUFFIXES}:
+        found = ", ".join(f"{suffix or 'no suffix'} ({others[suffix]:,})" for suffix in sorted(others)[:10])
+        text = f"{sum(others.values()):,} files are no images by their suffix and left out: {found}"
+        warnings.warn(text, stacklevel=2)
+
+
+def _load_saved(path: Path, tables: list[str], config: DataConfig) -> dict[str, Dataset]:
     try:
         stored = datasets.load_from_disk(str(path))
     except Exception as error:  # of json, pyarrow or datasets; few name the file
@@ -104,7 +117,8 @@ def _load_saved(path: Path, config: DataConfig) -> dict[str, Dataset]:
             f"the folder by save_to_disk is damaged ({type(error).__name__}: {error})"
         ) from error
     splits = dict(stored) if isinstance(stored, DatasetDict) else {"train": stored}
-    check_inside([file["filename"] for rows in splits.values() for file in rows.cache_files], config)
+    used = [file["filename"] for rows in splits.values() for file in rows.cache_files]
+    _check_used(used, path, tables, config)
     return splits
 
 
@@ -112,11 +126,10 @@ def _load_tables(path: Path, tables: list[str], config: DataConfig) -> dict[str,
     if len(kinds := {Path(name).suffix for name in tables}) > 1:
         raise ValueError(f"the folder mixes data files of several kinds: {', '.join(sorted(kinds))}")
     builder = datasets.load_dataset_builder(str(path.absolute()), config.subset)
-    used = {name for names in builder.config.data_files.values() for name in names}
-    check_inside(used, config)
-    lost = [name for name in tables if str(path.resolve() / name) not in used]
+    lost = _check_used(_used_files(builder), path, tables, config)
     card = path / "README.md"
-    if lost and not (card.exists() and "configs:" in card.read_text()):  # these choose among the files
+    chosen = card.exists() and "configs:" in card.read_text("utf-8", errors="replace")
+    if lost and not chosen:
         raise ValueError(
             f"{len(lost)} of {len(tables)} data files belong to no split, the first is {lost[0]}, while "
             "others have the name of one: name them all like train-0.parquet and test-0.parquet, or none"
@@ -124,9 +137,32 @@ def _load_tables(path: Path, tables: list[str], config: DataConfig) -> dict[str,
     return _prepare(builder, [path / name for name in tables])
 
 
+def _used_files(builder: datasets.DatasetBuilder) -> list[str]:
+    return [name for names in builder.config.data_files.values() for name in names]
+
+
+def _check_used(files: Iterable[str], path: Path, listed: list[str], config: DataConfig) -> list[str]:
+    """Those of `listed` that are not among `files`, which datasets reads; ValueError if it reads others."""
+    files = list(files)
+    check_inside(files, config)
+    used = {os.path.abspath(name) for name in files}
+    places = {os.path.abspath(folder / name): name for folder in (path, path.resolve()) for name in listed}
+    if others := sorted(used - places.keys()):  # hidden, or of a form that `check_data_files` does not know
+        raise ValueError(
+            f"datasets would read {os.path.basename(others[0])}, which is no visible file with the suffix "
+            f"{', '.join(BUILDERS)}: move it away, or set --data.dataset to the data file itself"
+        )
+    return sorted(set(listed) - {places[name] for name in used})
+
+
 def _load_described(path: Path, images: list[str], config: DataConfig) -> dict[str, Dataset]:
     builder = datasets.load_dataset_builder(str(path.absolute()), config.subset)
-    check_inside((name for names in builder.config.data_files.values() for name in names), config)
+    check_inside(used := _used_files(builder), config)
+    if not isinstance(builder, ImageFolder):
+        raise ValueError(
+            f"instead of the images and their metadata file datasets would read {os.path.basename(used[0])}: "
+            "move it away, or correct README.md"
+        )
     splits = _prepare(builder)
     lost = len(images) - sum(len(rows) for rows in splits.values())
     if lost > 0:
@@ -136,10 +172,13 @@ def _load_described(path: Path, images: list[str], config: DataConfig) -> dict[s
     return splits
 
 
-def _prepare(builder: datasets.DatasetBuilder, files: Sequence[Path] = ()) -> dict[str, Dataset]:
+def _prepare(builder: datasets.DatasetBuilder, files: Iterable[Path] = ()) -> dict[str, Dataset]:
     """Find the builder's Arrow files, or check `files` and make them of these, and open them."""
     if not os.path.exists(builder.cache_dir):
         check_data_files(files)
+    if hasattr(builder, "DECODERS"):  # webdataset's; archives of the Hub are not looked through beforehand
+        kept = {suffix: read for suffix, read in builder.DECODERS.items() if suffix not in PICKLES}
+        type(builder).DECODERS = kept
     generate = getattr(builder, "_generate_examples", None)
     if generate is not None:
         builder._generate_examples = lambda **options: _with_own_bytes(generate(**options))

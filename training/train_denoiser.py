@@ -168,7 +168,7 @@ def condition_of(latents: LatentSet, unet: nn.Module, indices: Tensor, dropped: 
 
 def save_pipeline(run: Run, pipeline: LDMPipeline, ema: EMA) -> None:
     """Write the pipeline folder with the averaged denoiser, whole or not at all."""
-    averages = {name: whole(value) for name, value in ema.state_dict().items()}
+    averages = {name: whole(value).cpu() for name, value in ema.state_dict().items()}
     if run.accelerator.is_main_process:
         with torch.device("meta"):
             unet = UNet2DModel.from_config(pipeline.unet.config)  # the trained one may be in shards
