@@ -3,11 +3,13 @@
 import inspect
 import json
 import math
+import re
 import warnings
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import (
@@ -23,6 +25,7 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 
 # Read at import: two dynamically loaded `pipeline.py` share one file name in the modules cache, so that later
 # the file on disk may no longer be the code that runs.
@@ -104,6 +107,15 @@ def denoise(unet, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condi
     return unet(noisy, timesteps, **condition.given(), return_dict=False)[0]
 
 
+def _size(unet) -> tuple[int, int]:
+    """Height and width of the latents."""
+    size = unet.config.sample_size
+    size = (size, size) if isinstance(size, int) else size
+    if not isinstance(size, list | tuple) or len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
+        raise ValueError(f"the denoiser's config has sample_size={size}; wanted one or two positive integers")
+    return tuple(size)
+
+
 def set_latent_statistics(autoencoder, mean: list[float], std: list[float]) -> None:
     """Write mean and deviation per channel into the autoencoder's config, the one place where they are kept.
 
@@ -116,15 +128,20 @@ def set_latent_statistics(autoencoder, mean: list[float], std: list[float]) -> N
 
 def _latent_statistics(autoencoder, like: torch.Tensor):
     config = autoencoder.config
-    mean, std = (config.get(key, config.get(f"_{key}")) for key in ("latents_mean", "latents_std"))
-    channels = like.shape[1]
-    if mean is None or std is None or len(mean) != channels or len(std) != channels:
+    mean, std = given = [config.get(k, config.get(f"_{k}")) for k in ("latents_mean", "latents_std")]
+    try:
+        mean, std = (torch.tensor(v, dtype=torch.float32, device=like.device) for v in given)
+        sound = mean.shape == std.shape == (like.shape[1],) and mean.isfinite().all()
+        sound = sound and std.isfinite().all() and std.min() > 0
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # None, text, nested lists, 10**400
+        sound = False
+    if not sound:
         raise ValueError(
-            f"the autoencoder's config has latents_mean={mean} and latents_std={std}; wanted: a list of "
-            f"{channels} numbers each. Measure them over the training set and write them with "
-            "set_latent_statistics()"
+            f"the autoencoder's config has latents_mean={given[0]} and latents_std={given[1]}; wanted: a "
+            f"list of {like.shape[1]} finite numbers each, deviations above 0. Measure them over the "
+            "training set and write them with set_latent_statistics()"
         )
-    return (torch.tensor(v, dtype=torch.float32, device=like.device).view(1, -1, 1, 1) for v in (mean, std))
+    return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
 
 def normalize_latents(autoencoder, latents: torch.Tensor) -> torch.Tensor:
@@ -160,15 +177,29 @@ def _alphas_cumprod(objective_json: str, device: str) -> torch.Tensor:
             "objective: epsilon says nothing about the image where the signal is zero (arXiv:2305.08891); "
             "use prediction_type='v_prediction' or rescale_betas_zero_snr=False"
         )
-    return DDPMScheduler(**objective).alphas_cumprod.to(device)
+    try:
+        alphas_cumprod = DDPMScheduler(**objective).alphas_cumprod
+        sound = len(alphas_cumprod) and 0 <= alphas_cumprod[-1] and alphas_cumprod[0] < 1
+        sound = sound and not (alphas_cumprod.diff() > 0).any() and alphas_cumprod.isfinite().all()
+    except Exception as error:  # a constructor may raise anything at a wrong value
+        raise ValueError(f"objective {objective}: {type(error).__name__}: {error}") from error
+    if not sound:
+        raise ValueError(
+            f"objective {objective}: no noise schedule whose signal falls from below 1 to 0 or more"
+        )
+    return alphas_cumprod.to(device)
 
 
 def _schedule(objective: dict, device="cpu") -> torch.Tensor:
+    if not isinstance(objective, dict):
+        raise ValueError(
+            f'objective={objective!r}; wanted a dict such as {{"prediction_type": "flow_prediction"}}'
+        )
     return _alphas_cumprod(json.dumps(objective, sort_keys=True), str(device))
 
 
 def is_flow(objective: dict) -> bool:
-    return objective.get("prediction_type") == "flow_prediction"
+    return isinstance(objective, dict) and objective.get("prediction_type") == "flow_prediction"
 
 
 def alpha_sigma(objective: dict, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -312,6 +343,156 @@ def scheduler_prediction(scheduler, family: str, objective: dict, i: int, t, sam
     return prediction_target(wanted, clean, noise, alpha, sigma)
 
 
+# ---------------------------------------------------------------------------------------------- model folders
+def model_folder(source: str, download) -> Path:
+    """The local folder `source`, or what `download()` fetches of this id of the Hub; errors name `source`."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(download())
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{source} is no local folder and no model that the Hub gives: {error}") from error
+
+
+def forget_local_path(model) -> None:
+    """Drop a folder of this machine from a config, where Diffusers notes it: configs are saved and shared."""
+    if Path(str(model.config.get("_name_or_path"))).exists():
+        model.register_to_config(_name_or_path=None)
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in a JSON file; ValueError or OSError, which name the file, where there is none."""
+    if not Path(path).is_file():  # nor may it be a pipe or a device, which would be read without an end
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a JSON {type(config).__name__}; wanted an object")
+    return config
+
+
+def build_from_config(kind: type, path: Path, device: str = "cpu"):
+    """A `kind` of the config at `path`, its weights untrained; ValueError with the file if there is none."""
+    config = read_json(path)
+    if config.get("_class_name") != kind.__name__ or config.get("quantization_config"):
+        raise ValueError(
+            f"{path} is of a {config.get('_class_name')}; wanted a {kind.__name__}, not quantized"
+        )
+    taken = inspect.signature(kind.__init__).parameters
+    wrong = {k: v for k, v in config.items() if isinstance(v, str | dict) and k in taken}
+    if wrong := {k: v for k, v in wrong.items() if isinstance(taken[k].default, int | float)}:
+        raise ValueError(f"{path} has {wrong}; wanted a number, true or false")  # "false" would pass for true
+    try:
+        with torch.device(device), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model = kind.from_config(config)
+            _try(model)
+    except Exception as error:  # what a wrong value raises, a constructor or a network does not say
+        raise ValueError(f"{path} makes no {kind.__name__}: {type(error).__name__}: {error}") from error
+    return model
+
+
+def _try(model) -> None:
+    """Run a component without numbers: what its config breaks, breaks before the first weight is read."""
+    if isinstance(model, SchedulerMixin):
+        if type(model).__name__ not in SCHEDULERS or model.config.get("use_dynamic_shifting"):
+            return  # loaded all the same, for the user to replace
+        model.set_timesteps(4)
+        for t in model.timesteps:
+            x = torch.zeros(1, 1, 1, 1)
+            model.step(model.scale_model_input(x, t) if hasattr(model, "scale_model_input") else x, t, x)
+    elif not isinstance(model, UNet2DConditionModel):
+        config, unet = model.config, isinstance(model, UNet2DModel)
+        shape = (1, config.out_channels, *_size(model)) if unet else (1, config.in_channels, 256, 256)
+        given = (
+            (torch.zeros(shape), torch.zeros(1), Condition.null(model, 1)) if unet else (torch.zeros(shape),)
+        )
+        result = denoise(model, *given) if unet else model(*given, return_dict=False)[0]
+        if result.shape != shape:
+            raise ValueError(f"it makes {tuple(result.shape)} of {shape}")
+
+
+def _stored_weights(folder: Path, variant: str | None) -> dict:
+    """{key: (shape, is a float)} of the safetensors that Diffusers would read, from their headers."""
+    name = "diffusion_pytorch_model"
+    infix = f".{variant}" if variant and any(folder.glob(f"{name}.{variant}*")) else ""
+    index, names, found = folder / f"{name}.safetensors.index{infix}.json", None, {}
+    if index.exists():
+        names = (content := read_json(index)).get("weight_map")
+        if not isinstance(names, dict) or not names or not isinstance(content.get("metadata"), dict):
+            raise ValueError(f"{index}: no weight_map and metadata")
+        # Diffusers would read a shard of another suffix as a pickle.
+        if bad := [n for n in names.values() if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(n))]:
+            raise ValueError(f"{index}: {bad[:3]} are no names of .safetensors files in its own folder")
+    for path in (
+        [folder / n for n in sorted(set(names.values()))]
+        if names
+        else [folder / f"{name}{infix}.safetensors"]
+    ):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; pickles (.bin, .pt, .ckpt) are never read")
+        try:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    weight = file.get_slice(key)
+                    stored = (tuple(weight.get_shape()), weight.get_dtype().startswith(("F", "BF")))
+                    found[key if not names or names.get(key) == path.name else f"{key} in {path.name}"] = (
+                        stored
+                    )
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+    return found
+
+
+def check_model_folder(kind: type, folder: Path, variant: str | None = None) -> None:
+    """ValueError or OSError unless `folder` has all weights of the `kind` in its config, and no more."""
+    model = build_from_config(kind, folder / "config.json", "meta")
+    wanted = {key: (tuple(t.shape), t.is_floating_point()) for key, t in model.state_dict().items()}
+    found = _stored_weights(folder, variant)
+    model._fix_state_dict_keys_on_load(found)  # autoencoders of 2022 name their attention's weights otherwise
+    faults = {
+        "missing": [key for key in wanted if key not in found],
+        "unknown": [key for key in found if key not in wanted],
+        "of another shape or type": [key for key in wanted if found.get(key, wanted[key]) != wanted[key]],
+    }
+    if told := [f"{len(keys)} {fault} ({', '.join(keys[:3])})" for fault, keys in faults.items() if keys]:
+        raise ValueError(f"{folder}: the weights are not those of its {kind.__name__}: {'; '.join(told)}")
+
+
+def check_weights(model, name: str) -> None:
+    """ValueError where weights of `model` are not finite, or where nothing was ever read into them."""
+    weights = {k: w for k, w in model.state_dict().items() if w.is_floating_point() and w.numel()}
+    absent = [key for key, weight in weights.items() if weight.is_meta and not hasattr(model, "_hf_hook")]
+    # One pass without a copy; float8 has no aminmax.
+    real = {k: w for k, w in weights.items() if not w.is_meta and w.dtype.itemsize > 1}
+    bad = [key for key, weight in real.items() if not torch.stack(weight.aminmax()).isfinite().all()]
+    if absent or bad:
+        what = f"not finite in {real[bad[0]].dtype}" if bad else "in no file"
+        raise ValueError(
+            f"{name}: {len(bad or absent)} weights are {what} ({', '.join((bad or absent)[:3])})"
+        )
+
+
+def _checked_names(id2label, embeds: int | None) -> dict | None:
+    """Names by number as text, as JSON has them; ValueError unless every number is a class."""
+    if id2label is None:
+        return None
+    names = {str(number): name for number, name in id2label.items()} if isinstance(id2label, dict) else {}
+    classes = math.inf if embeds is None else embeds - 1
+    good = [n for n in names if n.isdecimal() and n == str(int(n)) and int(n) < classes]
+    if (
+        not isinstance(id2label, dict)
+        or len(good) < len(names)
+        or not all(isinstance(n, str) for n in names.values())
+    ):
+        raise ValueError(
+            f"id2label={str(id2label)[:200]}; wanted a dict of names by number, from 0 to {classes - 1}"
+        )
+    return names
+
+
 # --------------------------------------------------------------------------------------------------- pipeline
 class LDMPipeline(DiffusionPipeline):
     """Latent diffusion, unconditional or by class, with any scheduler of `SCHEDULERS` under any objective.
@@ -341,8 +522,6 @@ class LDMPipeline(DiffusionPipeline):
         id2label: dict | None = None,
     ):
         super().__init__()
-        if objective is None:
-            raise ValueError('objective=None; wanted a dict such as {"prediction_type": "flow_prediction"}')
         if not is_flow(objective) or len(objective) > 1:
             _schedule(objective)  # raises where it is none
         if vae.config.latent_channels != unet.config.out_channels:
@@ -350,18 +529,82 @@ class LDMPipeline(DiffusionPipeline):
                 f"the autoencoder has latent_channels={vae.config.latent_channels}, but the denoiser has "
                 f"out_channels={unet.config.out_channels}; build one for the other"
             )
+        for name, model in {"vae": vae, "unet": unet}.items():
+            check_weights(model, name)
+            forget_local_path(model)
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
-        names = None if id2label is None else {str(number): name for number, name in id2label.items()}
-        self.register_to_config(objective=dict(objective), id2label=names)
+        id2label = _checked_names(id2label, unet.config.get("num_class_embeds"))
+        self.register_to_config(objective=dict(objective), id2label=id2label)
 
     # ---- saving and loading
     @classmethod
     def _dict_from_json_file(cls, json_file):
         """Load a hosted `["pipeline", "LDMPipeline"]` as this very class: no code of the folder is run."""
-        config = super()._dict_from_json_file(json_file)
-        if isinstance(config.get("_class_name"), list):
-            config["_class_name"] = config["_class_name"][-1]
+        config = read_json(json_file)
+        name = config.get("_class_name")
+        config["_class_name"] = name[-1] if isinstance(name, list) and name else name
+        if config["_class_name"] not in [c.__name__ for c in cls.__mro__ if issubclass(c, LDMPipeline)]:
+            raise ValueError(f"{json_file}: _class_name is {name!r}; wanted {cls.__name__!r}")
         return config
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As `DiffusionPipeline.from_pretrained`, but all of the model or an error, and never a pickle.
+
+        Diffusers itself only warns of weights that a file lacks or has too many.
+
+        Raises:
+            ValueError: which names the file or the folder and what is wrong there.
+            OSError: where there is no such model.
+        """
+        source = str(pretrained_model_name_or_path)
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(
+                f"{source}: use_safetensors=False would read a pickle; only safetensors are read"
+            )
+        kwargs["use_safetensors"] = True
+        folder = model_folder(source, lambda: cls.download(source, **kwargs))
+        for name, kind in cls._component_classes(folder, kwargs).items():
+            if issubclass(kind, SchedulerMixin):
+                build_from_config(kind, folder / name / kind.config_name)
+            else:
+                check_model_folder(kind, folder / name, kwargs.get("variant"))
+        try:
+            pipe = super().from_pretrained(str(folder), **kwargs)
+            denormalize_latents(pipe.vae, torch.empty(0, pipe.vae.config.latent_channels, 1, 1))
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        except (LookupError, TypeError, AttributeError) as error:
+            # The entry of a component that is passed instead, or a file without a dot beside a variant.
+            raise ValueError(f"{source}: Diffusers cannot load it so: {error!r}") from error
+        pipe.register_to_config(_name_or_path=source)
+        return pipe
+
+    @classmethod
+    def _component_classes(cls, folder: Path, given: dict) -> dict[str, type]:
+        """The classes of the components that are read from `folder`, Diffusers' own ones alone."""
+        index, path = cls.load_config(folder), folder / cls.config_name
+        (wanted, options), types = cls._get_signature_keys(cls), cls._get_signature_types()
+        known = {*wanted, *options}
+        unknown = [key for key in index if key not in known and key[:1] != "_"]
+        if bad := unknown + [key for key in options if index.get(key) == []]:  # Diffusers stumbles over []
+            raise ValueError(f"{path} has {bad} unknown or empty; wanted {sorted(known)}")
+        classes = {}
+        for name in sorted(wanted - given.keys()):
+            entry = index.get(name)
+            library, kind = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+            if given.get("trust_remote_code") and library not in (None, "diffusers"):
+                continue  # code of the folder, which answers for itself
+            found = (
+                getattr(diffusers, kind, None) if library == "diffusers" and isinstance(kind, str) else None
+            )
+            if not (isinstance(found, type) and issubclass(found, types[name])):
+                raise ValueError(
+                    f"{path}: {name} is {entry}; wanted {[c.__name__ for c in types[name]]} of diffusers "
+                    "(code in the folder is run with trust_remote_code=True alone)"
+                )
+            classes[name] = found
+        return classes
 
     def save_pretrained(self, save_directory, **kwargs):
         """As `DiffusionPipeline.save_pretrained`, plus `pipeline.py`; ValueError unless safetensors."""
@@ -375,6 +618,7 @@ class LDMPipeline(DiffusionPipeline):
         path = Path(save_directory) / self.config_name
         own = next(c.__name__ for c in type(self).__mro__ if c.__module__ == __name__)
         index = json.loads(path.read_text(encoding="utf-8")) | {"_class_name": ["pipeline", own]}
+        index.pop("_name_or_path", None)  # often a folder of this machine, which is nobody else's business
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (path.parent / "pipeline.py").write_bytes(SOURCE)
 
@@ -416,9 +660,9 @@ class LDMPipeline(DiffusionPipeline):
 
     def _prepare_latents(self, latents, batch_size: int, generator, device) -> torch.Tensor:
         """(N, C, H, W) float32 of the deviation that the scheduler starts from."""
-        size, channels = self.unet.config.sample_size, self.unet.config.out_channels
+        channels = self.unet.config.out_channels
         if latents is None:
-            shape = (batch_size, channels, *((size, size) if isinstance(size, int) else size))
+            shape = (batch_size, channels, *_size(self.unet))
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif latents.ndim != 4 or latents.shape[1] != channels:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; wanted (N, {channels}, H, W)")
@@ -521,6 +765,8 @@ class LDMPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _check_options(self, output_type: str, tensor_inputs):
+        if output_type != "latent":
+            denormalize_latents(self.vae, torch.empty(0, self.unet.config.out_channels, 1, 1))
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r}; wanted 'pil', 'np', 'pt' or 'latent'")
         if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
@@ -583,5 +829,6 @@ def _require_finite(values: torch.Tensor, what: str, component: str, dtype: torc
     if bad:
         raise ValueError(
             f"{bad} of {len(values)} {what} are not finite (the {component} runs in {dtype}); try "
-            f"pipe.{component}.to(torch.float32) or bfloat16. In float32, the weights themselves are broken"
+            f"pipe.{component}.to(torch.float32) or bfloat16. In float32, the scheduler's config or the "
+            "weights are broken"
         )

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import diffusers
 import pytest
@@ -147,7 +149,28 @@ def test_the_hosted_class_refuses_broken_weights(folder, tmp_path):
     assert finished.returncode != 0 and "ValueError: unet: 1 weights are not finite" in finished.stderr
 
 
-# ---- pickles and code; those of test_loading.py are not repeated here
+# ---- pickles, code and tokens
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("name", ["unet", "vae"])
+def test_no_pickle_is_read(tmp_path, name, variant):
+    folder, witness, infix = tmp_path / "model", tmp_path / "harm", f".{variant}" if variant else ""
+    tiny_pipe().save_pretrained(folder, variant=variant)
+    bait = folder / name / f"diffusion_pytorch_model{infix}.bin"
+    set_trap(bait, witness)
+    LDMPipeline.from_pretrained(folder, variant=variant)  # beside safetensors it is passed over
+    with pytest.raises(ValueError, match="use_safetensors=False would read a pickle"):
+        LDMPipeline.from_pretrained(folder, variant=variant, use_safetensors=False)
+    (folder / name / f"diffusion_pytorch_model{infix}.safetensors").unlink()
+    with pytest.raises(OSError, match=r"safetensors is missing; pickles .* are never read"):
+        LDMPipeline.from_pretrained(folder, variant=variant)
+    if name == "vae":
+        with pytest.raises(OSError, match=r"safetensors is missing; pickles .* are never read"):
+            load_autoencoder(folder / name)
+    assert not witness.exists()
+    pickle.loads(bait.read_bytes())  # the trap itself works
+    assert witness.exists()
+
+
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_no_pickle_under_another_name_is_read(tmp_path, variant):
     folder, witness, infix = tmp_path / "model", tmp_path / "harm", f".{variant}" if variant else ""
@@ -171,16 +194,62 @@ def test_no_pickle_under_another_name_is_read(tmp_path, variant):
     assert witness.exists()
 
 
-def test_code_under_the_name_of_a_library_is_not_run_without_trust(folder, tmp_path):
+@pytest.mark.parametrize("library, kind", [("my_unet", "Evil"), ("diffusers", "UNet2DModel")])
+def test_code_of_a_component_is_not_run_without_trust(folder, tmp_path, library, kind):
     harm = tmp_path / "harm"
-    code = f"open({str(harm)!r}, 'w').close()\nfrom diffusers import UNet2DModel\n"
-    (folder / "unet" / "diffusers.py").write_text(code)
-    script = "from ldm_pipeline import LDMPipeline\nLDMPipeline.from_pretrained(folder{})"
-    finished = run(script.format(""), folder, tmp_path, installed=True)
-    assert "ValueError" in finished.stderr and "trust_remote_code=True" in finished.stderr
+    code = f"open({str(harm)!r}, 'w').close()\nfrom diffusers import UNet2DModel\nEvil = UNet2DModel\n"
+    (folder / "unet" / f"{library}.py").write_text(code)
+    change_json(folder / "model_index.json", unet=[library, kind])
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        LDMPipeline.from_pretrained(folder)
     assert not harm.exists()
-    run(script.format(", trust_remote_code=True"), folder, tmp_path, installed=True)
+    script = (
+        "from ldm_pipeline import LDMPipeline\nLDMPipeline.from_pretrained(folder, trust_remote_code=True)"
+    )
+    run(script, folder, tmp_path, installed=True)
     assert harm.exists()  # the trap itself works
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A Hub that shows nothing to anybody, with the status that the name of the repository asks for."""
+
+    def do_GET(self):
+        self.server.seen.append(self.headers.get("Authorization"))
+        self.send_response(401 if "401" in self.path else 404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("status", [401, 404])
+def test_no_token_is_in_an_error(tmp_path, status):
+    token = "hf_" + "secret" * 6
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        server.seen = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+        hub |= {"HF_TOKEN": token, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        script = f"""
+import os, traceback
+os.environ |= {hub}
+from ldm_pipeline import LDMPipeline
+from ldm_pipeline.models import load_autoencoder
+for load in (lambda x: LDMPipeline.from_pretrained(x, token=os.environ["HF_TOKEN"]), load_autoencoder):
+    try:
+        load("someone/model{status}")
+    except (ValueError, OSError):
+        traceback.print_exc()
+"""
+        finished = run(script, tmp_path, tmp_path, installed=True)
+        server.shutdown()
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    assert f"Bearer {token}" in server.seen
+    assert finished.stderr.count(f"Error: someone/model{status} is no local folder") == 2
+    assert "secret" not in finished.stdout + finished.stderr
 
 
 # ---- what must go on working

@@ -378,7 +378,7 @@ def test_tokens_stay_out_of_everything(tmp_path):
 
 
 def test_a_disk_that_is_too_small_is_found_before_the_first_step(tmp_path):
-    refused = run_alone("--output_dir", tmp_path / "run", "--autoencoder.max_steps", 10**12,
+    refused = run_alone("--output_dir", tmp_path / "run", "--autoencoder.max_steps", 2 * 10**9,
                         "--autoencoder.keep_every", 1, check=False)  # fmt: skip
     assert refused.returncode == 2 and "GiB" in refused.stderr and "keep_every" in refused.stderr
     assert not (tmp_path / "run" / "autoencoder").exists()
