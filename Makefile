@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test chaos fuzz
+.PHONY: demo test proofs chaos fuzz
 
 demo: .venv/installed ## set up, then train on handwritten digits, on two CPU cores in a few minutes
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --dynamo_backend no --mixed_precision no \
@@ -11,6 +11,9 @@ demo: .venv/installed ## set up, then train on handwritten digits, on two CPU co
 test: .venv/installed ## set up, then run all tests
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+proofs: .venv/installed ## the longer tests: two processes and one, sharded and whole
+	$(BIN)/python -m pytest -m slow -s
 
 chaos: .venv/installed ## kill the tiny run everywhere, fill its disk, and compare what is left (Linux, 10 minutes)
 	$(BIN)/python tests/chaos.py
