@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 from ldm_pipeline import LDMPipeline, build_scheduler
 from ldm_pipeline.pipeline import Condition, denoise, denormalize_latents, set_latent_statistics
-from training.files import write_json
 from training.config import parse_config
+from training.files import write_json
 from training.latents import LatentSet
 from training.networks import latent_shape_of, new_autoencoder, new_denoiser
 from training.objectives import DenoisingLoss

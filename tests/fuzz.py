@@ -16,7 +16,10 @@ from tests import fuzz_configs, fuzz_images, fuzz_models  # noqa: E402
 def table(title: str, outcomes: Counter) -> str:
     """One line a kind of input, one column an outcome, as Markdown."""
     classes = sorted({outcome for _, outcome in outcomes})
-    lines = [f"| {title} ({sum(outcomes.values())}) | {' | '.join(classes)} |", "|---" * (len(classes) + 1) + "|"]
+    lines = [
+        f"| {title} ({sum(outcomes.values())}) | {' | '.join(classes)} |",
+        "|---" * (len(classes) + 1) + "|",
+    ]
     for kind in sorted({kind for kind, _ in outcomes}):
         lines.append(f"| {kind} | {' | '.join(str(outcomes[kind, outcome]) for outcome in classes)} |")
     return "\n".join(lines) + "\n"
