@@ -29,10 +29,12 @@ def main(**stages: Callable[[Run], None]) -> Run | None:
             run.interruption.check()
             stage(run)
         except torch.OutOfMemoryError as error:
-            raise RuntimeError(
-                f"out of memory in stage {name}: raise --{name}.gradient_accumulation_steps, lower "
-                f"--{name}.batch_size, or set --latents.resident disk"
-            ) from error
+            fail(
+                RunError(
+                    f"out of memory in stage {name} ({error}): raise --{name}.gradient_accumulation_steps, "
+                    f"lower --{name}.batch_size, or set --latents.resident disk\n{last_good(run, name)}"
+                )
+            )
         except RunError as error:
             fail(RunError(f"{error}\nStage {name} has stopped; {last_good(run, name)}"))
         except Interrupted:
