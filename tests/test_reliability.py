@@ -61,6 +61,12 @@ def relative_difference(a: Path, b: Path, part: str) -> float:
     return max(((one[name] - two[name]).norm() / one[name].norm()).item() for name in names)
 
 
+def assert_close(one: Path, run: Path, part: str) -> None:
+    difference = relative_difference(one, run, part)
+    print(f"{part} of {run.name}: largest relative difference {difference:.1e}")
+    assert difference < 1e-5
+
+
 def lines(run: Path, stage: str) -> list[dict]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in found if line["stage"] == stage]
@@ -113,9 +119,7 @@ def test_one_process_is_two_and_two_resumed_as_one(tmp_path):
     launch("train_ldm.py", "--output_dir", two, *options, processes=2)
     interrupted(both, "autoencoder", options)
     for run in (two, both):
-        difference = relative_difference(one, run, "vae")
-        print(f"autoencoder after 50 steps, {run.name}: largest relative difference {difference:.1e}")
-        assert difference < 1e-5
+        assert_close(one, run, "vae")
     # Every process drew its share; the grids are those of one.
     for name in ("samples.png", "reconstructions.png"):
         a, b = (torch.tensor(list(Image.open(run / "samples" / name).tobytes())) for run in (one, two))
@@ -129,9 +133,7 @@ def test_one_process_is_two_and_two_resumed_as_one(tmp_path):
     launch("train_ldm.py", "--output_dir", two, *again, processes=2)
     interrupted(both, "denoiser", again)
     for run in (two, both):
-        difference = relative_difference(one, run, "unet")
-        print(f"denoiser after 50 steps, {run.name}: largest relative difference {difference:.1e}")
-        assert difference < 1e-5
+        assert_close(one, run, "unet")
         for a, b in zip(lines(one, "denoiser"), lines(run, "denoiser"), strict=True):
             assert a["step"] == b["step"] and a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-5)
 
@@ -181,7 +183,7 @@ def test_a_sharded_denoiser_is_the_whole_one(tiny_run, tmp_path, monkeypatch):
     launch("train_ldm.py", "--output_dir", tmp_path / "both", *options)
     launch("train_ldm.py", "--output_dir", tmp_path / "plain", *options)
     for name in ("sharded", "both"):
-        assert relative_difference(tmp_path / "plain", tmp_path / name, "unet") < 1e-5
+        assert_close(tmp_path / "plain", tmp_path / name, "unet")
         assert json.loads((tmp_path / name / "pipeline/unet/config.json").read_text())["_class_name"] == (
             "UNet2DModel"
         )

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm_pipeline import pipeline
 from training.errors import RunError
 
 
@@ -80,14 +81,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def read_json(path: Path) -> dict:
     """The object in a JSON file of ours. Raises RunError if it holds none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return pipeline.read_json(path)
     except (OSError, ValueError) as error:
-        raise RunError(
-            f"{path} cannot be read ({error}); restore it, or delete it to do its stage again"
-        ) from error
-    if not isinstance(value, dict):
-        raise RunError(f"{path} holds no JSON object; restore it, or delete it to do its stage again")
-    return value
+        raise RunError(f"{error}; restore it, or delete it to do its stage again") from error
 
 
 def file_sha256(path: Path) -> str:
