@@ -1,19 +1,15 @@
 """Diffusers' own networks and schedulers from a few numbers."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers import (
-    AutoencoderDC,
-    AutoencoderKL,
-    DPMSolverMultistepScheduler,
-    SchedulerMixin,
-    UNet2DModel,
-    UniPCMultistepScheduler,
-)
+import diffusers
+from diffusers import AutoencoderDC, AutoencoderKL, SchedulerMixin, UNet2DModel
 from huggingface_hub import snapshot_download
 
 from ldm_pipeline.pipeline import (
+    SCHEDULERS,
     check_model_folder,
     check_weights,
     forget_local_path,
@@ -200,16 +196,35 @@ def build_unet(
     )
 
 
-def build_scheduler(objective: dict) -> SchedulerMixin:
-    """A good default sampler for what the network predicts, on the network's own noise path.
-
-    UniPC of order 3 (arXiv:2302.04867) for a flow, DPM-Solver++ 2M (arXiv:2211.01095) otherwise.
+def build_scheduler(objective: dict, name: str | None = None) -> SchedulerMixin:
+    """A sampler for what the network predicts, on the network's own noise path where it knows that path.
 
     Args:
         objective: the `objective` of an LDMPipeline.
+        name: a class of `diffusers`, with or without "Scheduler" at its end, such as "DDIM". By default UniPC
+            (arXiv:2302.04867) for a flow, DPM-Solver++ 2M (arXiv:2211.01095) otherwise.
+
+    Raises:
+        ValueError: if no scheduler that can sample an LDMPipeline has this name.
     """
-    if objective["prediction_type"] == "flow_prediction":
-        return UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=3
-        )
-    return DPMSolverMultistepScheduler(**objective, timestep_spacing="trailing")
+    flow = objective["prediction_type"] == "flow_prediction"
+    name = (name or ("UniPCMultistep" if flow else "DPMSolverMultistep")).removesuffix(
+        "Scheduler"
+    ) + "Scheduler"
+    if name not in SCHEDULERS:
+        raise ValueError(f"no scheduler {name}; wanted one of {', '.join(sorted(SCHEDULERS))}")
+    kind = getattr(diffusers, name)
+    options = {
+        "clip_sample": False,  # made for pixels
+        "timestep_spacing": "trailing",  # starts at pure noise (arXiv:2305.08891)
+        "snr_shift_scale": 1.0,
+        "original_inference_steps": 1000,
+        "lower_order_final": True,
+    }
+    if not flow:
+        options |= objective
+    elif SCHEDULERS[name] == "solver":
+        options |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        options |= {"solver_order": 3} if kind is diffusers.UniPCMultistepScheduler else {}
+    taken = inspect.signature(kind.__init__).parameters
+    return kind(**{key: value for key, value in options.items() if key in taken})

@@ -493,6 +493,19 @@ def _checked_names(id2label, embeds: int | None) -> dict | None:
     return names
 
 
+def _checked_defaults(defaults) -> dict | None:
+    """ValueError unless it is None or a dict of what a call can take."""
+    given = dict(defaults) if isinstance(defaults, dict) else {}
+    steps, scale = given.pop("num_inference_steps", 20), given.pop("guidance_scale", 1.0)
+    good = not given and type(steps) is int and steps >= 1 and type(scale) in (int, float)
+    if not (good and math.isfinite(scale) and isinstance(defaults, dict | None)):
+        raise ValueError(
+            f"defaults={str(defaults)[:200]}; wanted a dict of num_inference_steps, a whole number from 1, "
+            "and guidance_scale, a finite number"
+        )
+    return defaults
+
+
 # --------------------------------------------------------------------------------------------------- pipeline
 class LDMPipeline(DiffusionPipeline):
     """Latent diffusion, unconditional or by class, with any scheduler of `SCHEDULERS` under any objective.
@@ -505,6 +518,8 @@ class LDMPipeline(DiffusionPipeline):
             noise schedule under DDPMScheduler's names (num_train_timesteps, beta_schedule, beta_start,
             beta_end, rescale_betas_zero_snr). Saved with the model: sampling cannot disagree with training.
         id2label: names of the classes, {0: "cat", ...}; a dict, as the Hub loader cannot read a list.
+        defaults: what a call uses that says nothing else: "num_inference_steps" and, where there are
+            class labels, "guidance_scale".
 
     >>> pipe = LDMPipeline.from_pretrained("org/model")
     >>> pipe(class_labels=["cat", 3], guidance_scale=1.5).images[0].save("cat.png")
@@ -520,6 +535,7 @@ class LDMPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         objective: dict | None = None,
         id2label: dict | None = None,
+        defaults: dict | None = None,
     ):
         super().__init__()
         if not is_flow(objective) or len(objective) > 1:
@@ -534,7 +550,9 @@ class LDMPipeline(DiffusionPipeline):
             forget_local_path(model)
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
         id2label = _checked_names(id2label, unet.config.get("num_class_embeds"))
-        self.register_to_config(objective=dict(objective), id2label=id2label)
+        self.register_to_config(
+            objective=dict(objective), id2label=id2label, defaults=_checked_defaults(defaults)
+        )
 
     # ---- saving and loading
     @classmethod
@@ -702,10 +720,10 @@ class LDMPipeline(DiffusionPipeline):
         self,
         class_labels=None,
         batch_size: int | None = None,
-        num_inference_steps: int = 20,
+        num_inference_steps: int | None = None,
         timesteps: list | None = None,
         sigmas: list | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -719,9 +737,10 @@ class LDMPipeline(DiffusionPipeline):
         Args:
             class_labels: a name or a number, or a list of them, one an image; None is unconditional.
             batch_size: number of images; by default as many as labels, generators or latents, or one.
-            num_inference_steps: steps of the scheduler.
+            num_inference_steps: steps of the scheduler; None: what the model's `defaults` say, or 20.
             timesteps, sigmas: a grid of one's own instead, where the scheduler takes it.
-            guidance_scale: null + guidance_scale * (conditional - null) (arXiv:2207.12598); off at 1.
+            guidance_scale: null + guidance_scale * (conditional - null) (arXiv:2207.12598); off at 1. None:
+                what the model's `defaults` say where there are class_labels, or 1.
             generator: one, or one per image: then a picture does not depend on its batch.
             latents: (N, C, H, W) standard normal noise to start from.
             output_type: "pil"; "np" (N, H, W, C) and "pt" (N, C, H, W), float32 in [0, 1]; "latent", the
@@ -737,6 +756,11 @@ class LDMPipeline(DiffusionPipeline):
         family, device = scheduler_family(self.scheduler), self._execution_device
         self._check_options(output_type, callback_on_step_end_tensor_inputs)
         class_labels = _as_list(class_labels)
+        defaults = self.config.defaults or {}
+        if num_inference_steps is None:
+            num_inference_steps = defaults.get("num_inference_steps", 20)
+        if guidance_scale is None:
+            guidance_scale = 1.0 if class_labels is None else defaults.get("guidance_scale", 1.0)
         batch_size, class_labels = _batch_size(batch_size, class_labels, generator, latents)
         condition = self._condition(class_labels, batch_size, guidance_scale)
         step_kwargs = self._step_kwargs(generator, eta)

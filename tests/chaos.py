@@ -36,6 +36,7 @@ OPTIONS = (
     "--autoencoder.gan_weight=0.1",
 )
 OPTIONS += ("--autoencoder.gan_start=5", "--denoiser.gradient_accumulation_steps=2")
+OPTIONS += ("--evaluation.batch_size=800",)
 TIMED = {"seconds", "images_per_second", "data_wait"}
 Key = tuple[str, str, int]
 

@@ -20,9 +20,9 @@ from ldm_pipeline.pipeline import Condition, denoise
 from training.config import Config, DataConfig, objective_of, parse_config
 from training.data import ImageData, load_images
 from training.latents import encode
-from training.networks import check_networks, new_autoencoder, new_denoiser
+from training.networks import check_networks, check_shapes, new_autoencoder, new_denoiser
 
-TEXTS, NETWORKS = 50, 80
+TEXTS, NETWORKS = 60, 80
 LARGE = 3_000_000  # parameters; larger networks are built, but not run
 CONFIGS: dict[str, tuple[Config, bool]] = {}  # accepted, by what describes their networks
 NASTY = {
@@ -150,7 +150,7 @@ def outcome(argv: list[str], names: tuple[str, ...], labelled: bool = True) -> s
     try:
         with contextlib.redirect_stderr(printed):
             config = parse_config(argv)
-            built = check_networks(config, digits(labelled), 1)
+            built = check_networks(config, digits(labelled), *check_shapes(config, 1))
     except SystemExit as stop:
         text, ours = printed.getvalue(), stop.code == 2
     except ValueError as error:

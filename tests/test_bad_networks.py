@@ -8,13 +8,18 @@ from fuzz_configs import digits
 
 from ldm_pipeline.models import build_autoencoder, build_unet
 from training.config import Config, parse_config
-from training.networks import check_networks
+from training.networks import check_networks, check_shapes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def tiny(*argv: str) -> Config:
     return parse_config(["--config", str(TINY), *argv])
+
+
+def built(config: Config, data):
+    """Both networks, after all checks."""
+    return check_networks(config, data, *check_shapes(config, 1))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +58,7 @@ def test_a_combination_that_cannot_work_is_refused_with_its_options(argv, messag
     if "--denoiser.widths=[16]" in argv:
         argv = [*argv, "--denoiser.attention=[true]"]
     with pytest.raises(ValueError, match=message):
-        check_networks(tiny(*argv), digits(True), 1)
+        built(tiny(*argv), digits(True))
 
 
 @pytest.mark.parametrize(
@@ -82,9 +87,9 @@ def test_networks_without_levels_are_refused():
 
 def test_labels_that_are_asked_for_must_exist():
     config = tiny("--denoiser.class_conditional=true")
-    assert check_networks(config, digits(True), 1)[1].config.num_class_embeds == 11
+    assert built(config, digits(True))[1].config.num_class_embeds == 11
     with pytest.raises(ValueError, match="--denoiser.class_conditional"):
-        check_networks(config, digits(False), 1)
+        built(config, digits(False))
 
 
 @pytest.fixture
@@ -101,7 +106,7 @@ def test_an_existing_autoencoder_needs_no_training_options(existing):
         "--autoencoder.blocks=[0, 1]",
     )
     config = tiny(f"--autoencoder.pretrained={existing}", *impossible)
-    assert check_networks(config, digits(True), 1)[0].config.latent_channels == 4
+    assert built(config, digits(True))[0].config.latent_channels == 4
 
 
 @pytest.mark.parametrize(
@@ -124,4 +129,4 @@ def test_a_damaged_autoencoder_is_refused_with_its_option(damage, existing, monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     damage(existing)
     with pytest.raises(ValueError, match="--autoencoder.pretrained"):
-        check_networks(tiny(f"--autoencoder.pretrained={existing}"), digits(True), 1)
+        built(tiny(f"--autoencoder.pretrained={existing}"), digits(True))

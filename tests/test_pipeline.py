@@ -123,6 +123,24 @@ def test_guidance():
         pipe(guidance_scale=2.0)
 
 
+def test_a_call_that_says_nothing_uses_the_models_own_defaults(tmp_path):
+    pipe = tiny_pipe()
+    parts = {**pipe.components, "objective": FLOW, "id2label": NAMES}
+    LDMPipeline(**parts, defaults={"num_inference_steps": 3, "guidance_scale": 2.0}).save_pretrained(tmp_path)
+    loaded = LDMPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    given = {"generator": generators(5), "output_type": "np"}
+    own = loaded(class_labels="dog", **given).images
+    said = {"num_inference_steps": 3, "guidance_scale": 2.0}
+    assert np.array_equal(
+        own, pipe(class_labels="dog", **given | {"generator": generators(5)}, **said).images
+    )
+    assert loaded(batch_size=1, **given).images.shape == own.shape  # no labels: nothing to guide to
+    for wrong in ({"num_inference_steps": 0}, {"guidance_scale": float("nan")}, {"steps": 3}, [3], True):
+        with pytest.raises(ValueError, match="defaults="):
+            LDMPipeline(**parts, defaults=wrong)
+
+
 def test_labels_by_name_and_by_number():
     pipe = tiny_pipe()
     by_name = sample(pipe, class_labels=["dog", "cat"], generator=generators(0, 1))

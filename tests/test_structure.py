@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import distributions
@@ -69,7 +70,7 @@ def test_every_command_and_flag_of_the_readme_exists(monkeypatch):
     assert len(commands) >= 4
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for command in commands:
-        words = command.replace("\\\n", " ").split("#")[0].split()
+        words = shlex.split(command.replace("\\\n", " "), comments=True)
         if words[0] == "make":
             assert set(words[1:]) <= targets, command
             continue

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import re
+from dataclasses import MISSING, Field, fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ RANGES = [
     (
         f"a whole number from 0 to {LARGEST}",
         lambda value: 0 <= value <= LARGEST,
-        "warmup_steps keep_every gan_start",
+        "warmup_steps keep_every gan_start evaluate_every",
     ),
     (
         f"whole numbers from 1 to {WIDEST}",
@@ -37,7 +38,9 @@ RANGES = [
         "widths latent_channels attention_head_dim norm_groups",
     ),
     ("a whole number from 8 to 8192", lambda value: 8 <= value <= 8192, "resolution"),
-    ("a whole number from 1 to 1000", lambda value: 1 <= value <= 1000, "sample_steps"),
+    (f"0, or a whole number from 10 to {LARGEST}", lambda v: v == 0 or 10 <= v <= LARGEST, "num_samples"),
+    (f"a whole number from 10 to {LARGEST}", lambda value: 10 <= value <= LARGEST, "evaluate_samples"),
+    ("whole numbers from 1 to 1000", lambda value: 1 <= value <= 1000, "sample_steps num_inference_steps"),
     ("a whole number from 1 to 100", lambda value: 1 <= value <= 100, "layers_per_block"),
     ("whole numbers from 0 to 100", lambda value: 0 <= value <= 100, "blocks"),
     ("a whole number from 0 to 1000", lambda value: 0 <= value <= 1000, "num_workers"),
@@ -53,7 +56,11 @@ RANGES = [
     ("a number above 0 (.inf: no clipping)", lambda value: value > 0, "max_grad_norm"),
     ("a number above 0, at most 1e6", lambda value: 0 < value <= 1e6, "min_snr_gamma"),
     ("a number above 0, at most 100", lambda value: 0 < value <= 100, "logit_std"),
-    ("a number from -100 to 100", lambda value: -100 <= value <= 100, "logit_mean guidance_scale"),
+    (
+        "a number from -100 to 100",
+        lambda value: -100 <= value <= 100,
+        "logit_mean guidance_scale guidance_scales",
+    ),
 ]
 LPIPS_SMALLEST = 16  # VGG halves images four times
 
@@ -71,6 +78,12 @@ def check_config(config: Config) -> None:
         _check_schedule("autoencoder", config.autoencoder)
         _check_losses(config.autoencoder, config.data.resolution)
     _check_schedule("denoiser", config.denoiser)
+    if config.evaluation.lpips and find_spec("lpips") is None:
+        raise RunError('--evaluation.lpips needs the package lpips: pip install "ldm-pipeline[lpips]"')
+    if config.evaluation.save_best and config.evaluation.pipeline:
+        raise RunError(
+            "--evaluation.save_best writes into a run's own pipeline: leave out --evaluation.pipeline"
+        )
     if config.denoiser.zero_terminal_snr and config.denoiser.prediction_type == "epsilon":
         raise RunError(
             "--denoiser.zero_terminal_snr with --denoiser.prediction_type epsilon: at pure noise the noise "
@@ -87,8 +100,13 @@ def _check_ranges(config: Config) -> None:
                 raise RunError(f"{option} has no value: give one, or leave it out for its default")
             listed = found if isinstance(found, (list, tuple)) else [found]
             for wanted, holds, names in RANGES:
-                if entry.name in names.split() and not (listed and all(map(holds, listed))):
+                empty = not listed and found != _default(entry)
+                if entry.name in names.split() and (empty or not all(map(holds, listed))):
                     raise RunError(f"{option} {found}: want {wanted}")
+
+
+def _default(entry: Field) -> Any:
+    return entry.default_factory() if entry.default is MISSING else entry.default
 
 
 def _check_schedule(name: str, stage: OptimizationConfig) -> None:
@@ -136,11 +154,13 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
         seen = []
-        for key, _ in node.value:
+        for key, value in node.value:
             if key.value in seen:
                 raise _refusal(f"{key.value!r} is given twice: leave one", key.start_mark)
             if key.value == "class_path":  # jsonargparse would import what it names
                 raise _refusal("class_path is no option", key.start_mark)
+            if key.value == "features" and re.fullmatch(r"[\w.]+:[\w.]+", str(value.value)):
+                raise _refusal("Python code is named on the command line alone", key.start_mark)
             seen.append(key.value)
         return node
 

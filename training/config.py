@@ -16,6 +16,7 @@ from training.checks import check_config, read_yaml
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 set_loader("yaml", read_yaml, (yaml.YAMLError,))
 
+LOCK = ".ldm_run"  # marks a folder as ours from the first moment, and is locked while a process works there
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar10.yaml"
 
 
@@ -182,19 +183,48 @@ class DenoiserConfig(OptimizationConfig):
     min_snr_gamma: float = 5.0
     """Clamp of min-SNR."""
     sample_steps: int = 20
-    """Network evaluations of a picture in the grids."""
+    """Steps of a picture in the grids, and by default in the finished pipeline."""
     guidance_scale: float = 1.5
-    """Guidance of the class-conditional grids; 1 is off."""
+    """Guidance of the class-conditional grids, and by default of the finished pipeline; 1 is off."""
+    evaluate_every: int = 0
+    """Steps between two measurements of samples of the averaged weights by --evaluation.features; 0: none."""
+    evaluate_samples: int = 1000
+    """Samples of such a measurement."""
 
 
 @dataclass
 class EvaluationConfig:
     """Stage 4: figures and pictures of the finished model."""
 
+    pipeline: str | None = None
+    """Local folder or Hub id of a pipeline to judge instead of the run's own."""
     num_images: int = 2000
-    """Held-out images for PSNR, SSIM and the validation loss, at most."""
+    """Held-out images for PSNR, SSIM, LPIPS, the validation loss and the autoencoder's Frechet distance, at
+    most."""
     batch_size: int = 100
-    """Images at once."""
+    """Images at once. What is done is kept batch by batch, so another size starts anew."""
+    num_samples: int = 50_000
+    """Samples to draw for their figures, over all processes; 0: none. Below 10,000 the figures carry the
+    number in their names."""
+    features: str = "inception"
+    """Network in whose features samples are compared with training images: "inception" (that of FID; extra
+    "fid"), "digits" (for that data set), a local folder or Hub id of an image model of transformers such as
+    facebook/dinov2-base, a TorchScript file, or, on the command line alone, module:callable, Python code that
+    returns a torch.nn.Module. The last two take float32 images (N, 3, R, R) in [0, 1] and return features
+    (N, D), or these and class logits (N, K)."""
+    schedulers: list[str] = field(default_factory=list)
+    """Schedulers of Diffusers to draw with, such as [UniPCMultistep, DDIM]. Default: the pipeline's own.
+    Several schedulers, steps or scales make a sweep: all combinations, and of the best all figures."""
+    num_inference_steps: list[int] = field(default_factory=list)
+    """Numbers of steps. Default: the pipeline's own."""
+    guidance_scales: list[float] = field(default_factory=list)
+    """Guidance scales; 1 is off. Default: the pipeline's own."""
+    save_best: bool = False
+    """Make the best setting of a sweep what the run's pipeline draws with by itself."""
+    save_samples: Literal["png", "npz"] | None = None
+    """Keep the samples: a folder of PNG files with their parameters, or one npz of uint8 (N, H, W, C)."""
+    lpips: bool = False
+    """Measure LPIPS of reconstructions (arXiv:1801.03924, AlexNet); needs the extra "lpips"."""
 
 
 @dataclass
@@ -202,7 +232,7 @@ class Config:
     """Train a latent diffusion model: images in, a Diffusers pipeline out."""
 
     output_dir: str | None = None
-    """Run folder. Default: runs/<name of the config file>."""
+    """Run folder. Default: runs/<name of the config file>, or the folder of a run's own config.yaml."""
     seed: int = 0
     """Seed of everything random: weights, order, noise, pictures."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
@@ -283,11 +313,12 @@ def parse_config(argv: list[str] | None = None) -> Config:
     parsed = parser.parse_args(argv)
     if None in parsed.config:
         parser.error("--config wants a file; give single options by their names, such as --seed 1")
-    names = [Path(str(path)).stem for path in parsed.config]
+    file = Path(str(parsed.config[-1]))
     parsed = parser.instantiate(parsed)
     config = Config(**{f.name: getattr(parsed, f.name) for f in fields(Config)})
     if config.output_dir is None:
-        config.output_dir = f"runs/{names[-1]}"
+        own = (file.parent / LOCK).exists()  # the configuration that a run folder keeps means that run
+        config.output_dir = str(file.parent) if own else f"runs/{file.stem}"
     check_config(config)
     return config
 

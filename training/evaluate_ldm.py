@@ -1,55 +1,218 @@
-"""Stage 4: figures and pictures of the finished model."""
+"""Stage 4: figures and pictures of a finished model, and how they were measured."""
 
 import json
 import platform
+from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import date
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ldm_pipeline.pipeline import LDMPipeline
-from training.files import file_sha256, read_json, write_json
-from training.latents import LatentSet
-from training.metrics import draw_grid, measure_reconstruction, validation_loss
+from training.errors import RunError
+from training.features import FeatureNetwork, load_network, real_features, sha256_of, short, to_bytes
+from training.figures import FEWEST, Reference, check_arithmetic, frechet_distance, label
+from training.files import read_json, write_json
+from training.latents import LatentSet, encode
+from training.memorisation import memorisation
+from training.metrics import draw_grid, inference, lpips_alex, measure_reconstruction, validation_loss
 from training.run import Run, cpu_capabilities
+from training.sampling import (
+    Setting,
+    draw_features,
+    export_samples,
+    sample_labels,
+    samples_folder,
+    settings_of,
+    weights_of,
+)
 from training.script import main
+from training.stream import read_batches, stream
+from training.sweep import sweep
 
 
 def evaluate(run: Run) -> None:
-    """Leave `metrics.json` and the final grids in the run folder."""
-    path = run.folder / "metrics.json"
-    run.require(run.folder / "pipeline", "train_denoiser.py")
-    weights = run.folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
-    key = {"denoiser": file_sha256(weights), "evaluation": asdict(run.config.evaluation)}
-    if path.exists() and read_json(path)["key"] == key:
+    """Leave `metrics.json` and the final grids in the run folder, and `sweep/` of several settings."""
+    config, path = run.config.evaluation, run.folder / "metrics.json"
+    pipeline = open_pipeline(run)
+    weights, settings = weights_of(pipeline), settings_of(run, pipeline)
+    key = {
+        "weights": weights,
+        "data": run.data.fingerprint,
+        "evaluation": asdict(config),
+        "settings": [setting.describe() for setting in settings],
+    }
+    if path.exists() and read_json(path).get("key") == key:
         run.print(f"evaluation: {path} stands; --redo '[evaluation]' measures again")
         return
-    run.accelerator.wait_for_everyone()
-    pipeline = LDMPipeline.from_pretrained(run.folder / "pipeline").to(run.device)
-    limit = run.config.evaluation.num_images
-    reconstruction = measure_reconstruction(run, pipeline.vae, limit, "reconstructions.png")
-    held_out = LatentSet(
-        run.folder / "latents", "held_out", pipeline.vae, run.device, run.config.latents.resident
-    )
-    loss = validation_loss(run, pipeline.unet, pipeline.config.objective, held_out, limit)
-    draw_grid(run, pipeline, "samples.png", rows=8)
-    figures = {
-        **reconstruction,
-        **loss,
-        "held_out_images": min(limit, len(held_out)),
-        "seconds": {
-            stage: (run.done(stage) or {}).get("seconds") for stage in ("autoencoder", "latents", "denoiser")
-        },
-        "parameters": {name: count_parameters(getattr(pipeline, name)) for name in ("vae", "unet")},
-        "seed": run.config.seed,
-        "hardware": hardware(run),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate", "ldm-pipeline")},
-        "key": key,
-    }
+    network = load_network(config.features) if config.num_samples else None
+    figures = {"reconstruction": reconstruction_figures(run, pipeline.vae, network)}
+    if config.pipeline is None:
+        held_out = LatentSet(
+            run.folder / "latents", "held_out", pipeline.vae, run.device, run.config.latents.resident
+        )
+        objective = pipeline.config.objective
+        figures |= validation_loss(run, pipeline.unet, objective, held_out, config.num_images)
+    setting = settings[0]
+    if network is None:
+        run.print("evaluation: --evaluation.num_samples 0, so no figures of samples")
+    else:
+        setting, found = sample_figures(run, pipeline, settings, network, weights)
+        figures |= found
+    pipeline.scheduler = setting.scheduler
+    draw_grid(run, pipeline, "samples.png", setting.num_inference_steps, setting.guidance_scale, rows=8)
+    figures |= circumstances(run, pipeline) | {"key": key}
     if run.accelerator.is_main_process:
         write_json(path, figures)
     run.accelerator.wait_for_everyone()
+
+
+def open_pipeline(run: Run) -> LDMPipeline:
+    """The pipeline to judge, on the device. RunError if it does not fit the data."""
+    config, own = run.config.evaluation, run.folder / "pipeline"
+    if config.pipeline and own.exists():
+        raise RunError(
+            f"--evaluation.pipeline {config.pipeline}: {run.folder} has a pipeline of its own, whose figures "
+            "would be lost: choose another --output_dir"
+        )
+    source = config.pipeline or run.require(own, "train_denoiser.py")
+    with run.accelerator.main_process_first():  # one downloads
+        try:
+            pipeline = LDMPipeline.from_pretrained(source).to(run.device)
+        except (OSError, ValueError) as error:
+            raise RunError(f"--evaluation.pipeline {source} cannot be loaded: {error}") from error
+    classes, names = pipeline.unet.config.get("num_class_embeds"), run.data.id2label
+    if classes and names and classes - 1 != len(names):
+        raise RunError(
+            f"{source} has {classes - 1} classes, the data has {len(names)}: choose other data "
+            "(--data.dataset, --data.label_column)"
+        )
+    image = torch.zeros(1, pipeline.unet.config.out_channels, *_pair(pipeline.unet.config.sample_size))
+    shape = pipeline.vae.decode(image.to(run.device, pipeline.vae.dtype)).sample.shape[1:]
+    wanted = (run.config.data.channels, run.config.data.resolution, run.config.data.resolution)
+    if tuple(shape) != wanted:
+        raise RunError(
+            f"{source} draws images of {tuple(shape)} (channels, height, width), the data are {wanted}: set "
+            "--data.channels and --data.resolution"
+        )
+    return pipeline
+
+
+def _pair(size: int | list[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def reconstruction_figures(run: Run, autoencoder: nn.Module, network: FeatureNetwork | None) -> dict:
+    """PSNR, SSIM and LPIPS of held-out reconstructions, and their Frechet distance to the originals."""
+    limit = run.config.evaluation.num_images
+    count = min(limit, len(run.data.held_out))
+    found = {"n": count, "split": "held-out"}
+    perceptual = lpips_alex().to(run.device) if run.config.evaluation.lpips else None
+    measured = measure_reconstruction(run, autoencoder, limit, "reconstructions.png", perceptual)
+    found |= {name.upper(): value for name, value in measured.items()}
+    if network is None or count < FEWEST:
+        return found
+    key = {"weights": sha256_of(autoencoder), "data": run.data.fingerprint, "network": network.sha256}
+    folder, size = (
+        run.folder / "evaluation" / f"reconstructions-{short(key)}",
+        run.config.evaluation.batch_size,
+    )
+
+    def compute(parts: list[range]) -> Iterator[dict]:
+        loader = DataLoader(run.data.held_out, batch_sampler=[[(i, 0) for i in part] for part in parts])
+        with inference(autoencoder), run.accelerator.autocast():
+            for batch in loader:
+                latents = encode(autoencoder, batch["images"].to(run.device))[0]
+                yield network(to_bytes(autoencoder.decode(latents).sample))
+
+    network.to(run.device)
+    stream(run, folder, count, size, compute, "features of reconstructions")
+    originals = real_features(run, network, "held_out", count)["features"]
+    name = "rFID" if network.name == "inception" else "rFD"
+    found[label(name, count)] = frechet_distance(originals, read_batches(folder, count, size)["features"])
+    return found
+
+
+def sample_figures(
+    run: Run, pipeline: LDMPipeline, settings: list[Setting], network: FeatureNetwork, weights: str
+) -> tuple[Setting, dict]:
+    """The best of the settings, if there are several, and all that is measured of its samples."""
+    count, labels = run.config.evaluation.num_samples, run.data.train.labels
+    real = real_features(run, network, "train")
+    reference = Reference(network.name, real, labels, run.device)
+    checks = run.once(check_arithmetic, real["features"])
+    protocol = protocol_of(run, network, count)
+    setting = settings[0]
+    if len(settings) > 1:
+        setting = sweep(run, pipeline, settings, network, reference, weights, protocol)
+    folder = samples_folder(run, weights, setting, network)
+    samples, drawn = (
+        draw_features(run, pipeline, setting, network, count, folder),
+        sample_labels(run, pipeline, count),
+    )
+    if run.config.evaluation.save_samples and run.accelerator.is_main_process:
+        run.print(f"samples: {export_samples(run, pipeline, setting, folder, count)}")
+    protocol |= setting.describe() | {"samples_sha256": digest(samples["digests"])}
+    figures = {"figures": run.once(reference.figures, samples, drawn), "protocol": protocol}
+    if drawn is not None and labels is not None:
+        figures["per_class"] = run.once(reference.by_class, samples["features"], drawn, run.data.id2label)
+        protocol["agreement by"] = (
+            "the network's classes" if reference.reads_classes else "linear discriminant"
+        )
+    found = {"samples": figures, "self_checks": checks}
+    if min(count, len(run.data.held_out)) >= FEWEST:
+        held_out = real_features(run, network, "held_out")
+        number = min(count, len(run.data.held_out))
+        first = {name: values[:number] for name, values in held_out.items()}
+        read = None if run.data.held_out.labels is None else run.data.held_out.labels[:number]
+        found["real"] = {"n": number, "figures": run.once(reference.figures, first, read)}
+        found["memorisation"] = run.once(memorisation, run, pipeline, setting, real, held_out, samples)
+    return setting, found
+
+
+def digest(digests: torch.Tensor) -> str:
+    """One hash of the hashes of all samples: equal, if and only if all pictures are."""
+    return short({"digests": digests.tolist()})
+
+
+def protocol_of(run: Run, network: FeatureNetwork, count: int) -> dict:
+    """How figures of samples are measured: all that they depend on beside the model and the setting."""
+    config, data = run.config, run.data
+    source = Path(config.data.dataset).name if Path(config.data.dataset).exists() else config.data.dataset
+    return {
+        "n": count,
+        "reference": f"{len(data.train):,} images of {source}, split {data.train.name}",
+        "resolution": config.data.resolution,
+        "resize": network.resize,
+        "features": network.name,
+        "features_sha256": network.sha256,
+        "seed": config.seed,
+        "dtype": "float32" if run.accelerator.mixed_precision == "no" else run.accelerator.mixed_precision,
+        "versions": versions(),
+    }
+
+
+def circumstances(run: Run, pipeline: LDMPipeline) -> dict:
+    """What else a reader of figures wants to know."""
+    stages = ("autoencoder", "latents", "denoiser")
+    return {
+        "seconds": {stage: done["seconds"] for stage in stages if (done := run.done(stage))},
+        "parameters": {name: count_parameters(getattr(pipeline, name)) for name in ("vae", "unet")},
+        "seed": run.config.seed,
+        "hardware": hardware(run),
+        "date": date.today().isoformat(),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that figures may depend on."""
+    names = ("torch", "diffusers", "accelerate", "torchmetrics", "ldm-pipeline")
+    return {name: version(name) for name in names}
 
 
 def hardware(run: Run) -> str:
@@ -69,12 +232,14 @@ def count_parameters(module: nn.Module) -> int:
 def summary(run: Run) -> str:
     """Where the results are, and how to use them."""
     figures = read_json(run.folder / "metrics.json")
+    shown = {name: figures["reconstruction"][name] for name in ("PSNR", "SSIM")}
+    shown |= figures["samples"]["figures"] if "samples" in figures else {}
+    described = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
     names = LDMPipeline.load_config(run.folder / "pipeline")["id2label"]
     label = f"class_labels={json.dumps(names[str(min(7, len(names) - 1))])}, " if names else ""
     return "\n".join([
         f"grid:     {run.folder / 'samples' / 'samples.png'}",
-        f"figures:  {run.folder / 'metrics.json'} (PSNR {figures['psnr']:.2f} dB, "
-        f"SSIM {figures['ssim']:.3f}, validation loss {figures['val_loss']:.4f})",
+        f"figures:  {run.folder / 'metrics.json'} ({described})",
         f"pipeline: {run.folder / 'pipeline'}",
         "",
         "from ldm_pipeline import LDMPipeline",

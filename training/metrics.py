@@ -43,8 +43,18 @@ def inference(module: nn.Module) -> Iterator[None]:
         module.train(training)
 
 
-def measure_reconstruction(run: Run, autoencoder: nn.Module, limit: int, name: str) -> dict[str, float]:
-    """Mean PSNR (dB) and SSIM of the first `limit` held-out images, reconstructed from the posterior mean.
+def lpips_alex() -> nn.Module:
+    """The perceptual distance LPIPS of AlexNet (arXiv:1801.03924) between images in [-1, 1]."""
+    from lpips import LPIPS  # here, because it is an extra, and needs torchvision
+
+    return LPIPS(net="alex", verbose=False).requires_grad_(False).eval()
+
+
+def measure_reconstruction(
+    run: Run, autoencoder: nn.Module, limit: int, name: str, perceptual: nn.Module | None = None
+) -> dict[str, float]:
+    """Mean PSNR (dB), SSIM and, with `perceptual`, LPIPS of the first `limit` held-out images, reconstructed
+    from the posterior mean.
 
     Draws a grid `name`, 8 images a row, each above its reconstruction. Every process measures its share.
     """
@@ -54,17 +64,16 @@ def measure_reconstruction(run: Run, autoencoder: nn.Module, limit: int, name: s
         -len(pairs) // accelerator.num_processes
     )  # the first process has the first images, for the grid
     mine = pairs[accelerator.process_index * share :][:share]
-    sums = torch.zeros(3, dtype=torch.float64, device=run.device if run.device.type != "mps" else "cpu")
+    sums = torch.zeros(4, dtype=torch.float64, device=run.device if run.device.type != "mps" else "cpu")
     with inference(autoencoder), accelerator.autocast():
         for number, batch in enumerate(
             DataLoader(images, sampler=mine, batch_size=run.config.evaluation.batch_size)
         ):
             pixels = batch["images"].to(run.device)
             decoded = autoencoder.decode(encode(autoencoder, pixels)[0]).sample.float()
-            for i, values in enumerate(
-                (psnr(decoded, pixels), ssim(decoded, pixels), torch.ones(len(pixels)))
-            ):
-                sums[i] += values.sum().to(sums)
+            values = [torch.ones(len(pixels)), psnr(decoded, pixels), ssim(decoded, pixels)]
+            values += [] if perceptual is None else [perceptual(decoded.clamp(-1, 1), pixels)]
+            sums[: len(values)] += torch.stack([value.sum().to(sums) for value in values])
             if number == 0 and accelerator.is_main_process:
                 columns = min(8, len(pixels))
                 whole = len(pixels) // columns * columns
@@ -74,7 +83,8 @@ def measure_reconstruction(run: Run, autoencoder: nn.Module, limit: int, name: s
                 rows = [row for pair in pairs_of_rows for row in pair][:8]
                 save_grid(torch.cat(rows), run.folder / "samples" / name, columns)
     sums = accelerator.reduce(sums, "sum")
-    return {"psnr": (sums[0] / sums[2]).item(), "ssim": (sums[1] / sums[2]).item()}
+    names = ("psnr", "ssim") if perceptual is None else ("psnr", "ssim", "lpips")
+    return {key: (total / sums[0]).item() for key, total in zip(names, sums[1:], strict=False)}
 
 
 def validation_loss(run: Run, unet: nn.Module, objective: dict, latents: LatentSet, limit: int) -> dict:
@@ -117,12 +127,14 @@ def validation_loss(run: Run, unet: nn.Module, objective: dict, latents: LatentS
     }
 
 
-def draw_grid(run: Run, pipeline: LDMPipeline, name: str, rows: int = 4) -> None:
+def draw_grid(
+    run: Run, pipeline: LDMPipeline, name: str, steps: int, guidance_scale: float, rows: int = 4
+) -> None:
     """Draw samples from fixed noise into `samples/<name>`, one class a column; all processes draw.
 
     Every image has a generator of its own, so the pictures do not depend on the number of processes.
     """
-    accelerator, config = run.accelerator, run.config.denoiser
+    accelerator = run.accelerator
     classes = (pipeline.unet.config.num_class_embeds or 1) - 1
     columns = min(classes, 10) or 8
     count = rows * columns
@@ -136,8 +148,8 @@ def draw_grid(run: Run, pipeline: LDMPipeline, name: str, rows: int = 4) -> None
             labels = [index % columns * classes // columns for index in chosen] if classes else None
             images += pipeline(
                 class_labels=labels,
-                num_inference_steps=config.sample_steps,
-                guidance_scale=config.guidance_scale if classes else 1.0,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale if classes else 1.0,
                 generator=[generator(run.device, run.config.seed, "grid", index) for index in chosen],
                 output_type="pt",
             ).images

@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, UNet2DModel
+from torch import nn
 
 from ldm_pipeline.models import build_autoencoder, build_unet, load_autoencoder
 from training.config import Config, OptimizationConfig
@@ -42,12 +43,12 @@ def _new_unet(config: Config, latent_shape: tuple[int, int, int], num_classes: i
 
 
 def check_networks(
-    config: Config, data: ImageData, num_processes: int
-) -> tuple[AutoencoderKL | AutoencoderDC, UNet2DModel]:
-    """Build both networks without memory, so that what does not fit is found before the first step.
+    config: Config, data: ImageData, autoencoder: nn.Module, shape: tuple[int, int, int]
+) -> tuple[nn.Module, UNet2DModel]:
+    """Whether the data fit the networks; after `check_shapes`, which returns the autoencoder and `shape`.
 
     Returns:
-        Autoencoder (on the meta device, unless it exists already) and denoiser (always there).
+        Autoencoder and denoiser (on the meta device).
 
     Raises:
         RunError: with what was found, what is wanted and the option that changes it.
@@ -60,7 +61,6 @@ def check_networks(
             raise RunError(
                 f"--{name}.batch_size {stage.batch_size} is more than the {len(data.train)} training images"
             )
-    autoencoder, shape = check_shapes(config, num_processes)
     with torch.device("meta"):
         return autoencoder, new_denoiser(config, data, shape)
 
@@ -68,10 +68,11 @@ def check_networks(
 def check_shapes(
     config: Config, num_processes: int
 ) -> tuple[AutoencoderKL | AutoencoderDC, tuple[int, int, int]]:
-    """The part of `check_networks` that needs no data, and so can come before they are read.
+    """Build both networks without memory, so that what does not fit is found before the first step and before
+    the data are read.
 
     Returns:
-        The autoencoder, see there, and the shape of its latents.
+        The autoencoder (on the meta device, unless it exists already) and the shape of its latents.
 
     Raises:
         RunError: with what was found, what is wanted and the option that changes it.

@@ -9,7 +9,7 @@ from ldm_pipeline.pipeline import Condition
 from training.config import OptimizationConfig
 from training.ema import EMA
 from training.losses import AutoencoderLoss
-from training.networks import check_networks, latent_shape_of, new_autoencoder, new_denoiser
+from training.networks import check_shapes, new_autoencoder, new_denoiser
 from training.objectives import DenoisingLoss
 from training.order import batch_flips, batch_indices
 from training.report import save_grid
@@ -24,8 +24,7 @@ def describe_plan(run: Run) -> str:
     What LPIPS, a discriminator, compilation, validation and pictures add is not in it.
     """
     config = run.config
-    autoencoder, _ = check_networks(config, run.data, run.accelerator.num_processes)
-    shape = latent_shape_of(autoencoder, config)
+    _, shape = check_shapes(config, run.accelerator.num_processes)
     lines = [f"latents: {shape[0]} channels of {shape[1]}x{shape[2]}"]
     if not config.autoencoder.pretrained:
         lines.append(_measure(run, "autoencoder", config.autoencoder, shape))

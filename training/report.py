@@ -42,3 +42,63 @@ def save_grid(images: torch.Tensor, path: Path, columns: int | None = None, scal
     buffer = BytesIO()
     Image.fromarray(grid[..., 0] if channels == 1 else grid).save(buffer, "PNG")
     write_bytes(path, buffer.getvalue())
+
+
+def save_curve(values: dict[int, float], name: str, path: Path) -> None:
+    """Draw a figure called `name` by training step."""
+    figure, axes = _axes("denoiser step", name)
+    axes.plot(list(values), list(values.values()), marker="o", color="#1f77b4")
+    axes.set_ylim(bottom=0)
+    _save(figure, path)
+
+
+def save_sweep(rows: list[dict], path: Path) -> None:
+    """Draw the first figure of every setting by its network evaluations; see training/sweep.py.
+
+    A line for each scheduler and guidance scale; the best setting is marked and named.
+    """
+    name = next(iter(rows[0]["figures"]))
+    figure, axes = _axes("network evaluations a picture", name)
+    schedulers = list(dict.fromkeys(row["scheduler"] for row in rows))
+    scales = list(dict.fromkeys(row["guidance_scale"] for row in rows))
+    for scheduler in schedulers:
+        for scale in scales:
+            line = [row for row in rows if (row["scheduler"], row["guidance_scale"]) == (scheduler, scale)]
+            line.sort(key=lambda row: row["network_evaluations"])
+            axes.plot(
+                [row["network_evaluations"] for row in line],
+                [row["figures"][name] for row in line],
+                color=f"C{schedulers.index(scheduler) % 10}",
+                marker="osD^vPX*"[schedulers.index(scheduler) % 8],
+                linestyle=("-", "--", ":", "-.")[scales.index(scale) % 4],
+                markersize=5,
+                label=scheduler + (f", guidance {scale:g}" if len(scales) > 1 else ""),
+            )
+    best = min(rows, key=lambda row: row["figures"][name])
+    place = (best["network_evaluations"], best["figures"][name])
+    axes.plot(*place, "o", markersize=14, markerfacecolor="none", markeredgecolor="black")
+    how = f"{best['scheduler']}, {best['num_inference_steps']} steps, guidance {best['guidance_scale']:g}"
+    axes.set_title(f"lowest: {place[1]:.3g}, {how}", fontsize=10)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    ticks = sorted({row["network_evaluations"] for row in rows})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(fontsize=8, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
+    _save(figure, path)
+
+
+def _axes(x: str, y: str):
+    from matplotlib.figure import Figure  # here, because it takes a second to import; needs no display
+
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure, path: Path) -> None:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    write_bytes(path, buffer.getvalue())

@@ -3,11 +3,12 @@
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -16,6 +17,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    broadcast_object_list,
     parse_flag_from_env,
     set_seed,
 )
@@ -31,6 +33,8 @@ from training.networks import check_networks, check_shapes
 from training.run_folder import check_folder, check_space, lock_folder, open_folder
 from training.scan import Scan, scan
 from training.sharding import whole
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -68,6 +72,11 @@ class Run:
             )
         return path
 
+    def once(self, function: Callable[..., Result], *arguments) -> Result:
+        """The result of a call by the main process alone, for all; every process calls this."""
+        found = [function(*arguments) if self.accelerator.is_main_process else None]
+        return broadcast_object_list(found)[0]
+
     def print(self, *message) -> None:
         """Print once, not once a process."""
         self.accelerator.print(*message, flush=True)
@@ -89,7 +98,8 @@ def start(stages: list[str], argv: list[str] | None = None) -> Run:
                 f"--redo {sorted(unknown)}: this script does {', '.join(stages)}; use train_ldm.py"
             )
         accelerator = _accelerator(config)
-        check_shapes(config, accelerator.num_processes)
+        trains = stages != ["evaluation"]
+        shaped = check_shapes(config, accelerator.num_processes) if trains else None
         check_folder(config, accelerator.print)
         folder = Path(config.output_dir)
         lock = lock_folder(folder) if accelerator.is_main_process and not config.dry_run else None
@@ -98,8 +108,9 @@ def start(stages: list[str], argv: list[str] | None = None) -> Run:
             found = _scan_once(config, data, accelerator.is_main_process)
         accelerator.print(found.describe(), flush=True)
         data.drop(found.unreadable)
-        networks = check_networks(config, data, accelerator.num_processes)
-        check_space(config, networks, len(data.train) + len(data.held_out))
+        if trains:
+            networks = check_networks(config, data, *shaped)
+            check_space(config, networks, len(data.train) + len(data.held_out))
         if lock:
             open_folder(config)
         accelerator.wait_for_everyone()

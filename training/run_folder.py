@@ -10,18 +10,16 @@ import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 from torch import nn
 
-from training.config import Config
+from training.config import LOCK, Config
 from training.errors import redact
 from training.files import clean_up, discard, write_bytes
-
-LOCK = ".ldm_run"  # marks a folder as ours from the first moment, and is locked while a process works there
 
 # The stages in order, and what each leaves in the run folder.
 STAGES = {
     "autoencoder": ["autoencoder"],
     "latents": ["latents"],
     "denoiser": ["denoiser", "pipeline"],
-    "evaluation": ["metrics.json"],
+    "evaluation": ["metrics.json", "evaluation", "sweep"],
 }
 # What may differ between a run and its continuation: how long and how fast, not what.
 FREE = {
@@ -35,6 +33,7 @@ FREE = {
 }
 FREE |= {"gradient_accumulation_steps", "log_every", "validate_every", "sample_every", "checkpoint_every"}
 FREE |= {"keep_checkpoints", "keep_every", "sample_steps", "guidance_scale", "resident"}
+FREE |= {"evaluate_every", "evaluate_samples"}
 
 
 def check_folder(config: Config, say: Callable[[str], None] = print) -> None:

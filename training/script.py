@@ -7,6 +7,7 @@ import torch
 
 from training.checkpoint import found_checkpoints
 from training.errors import RunError
+from training.features import load_network
 from training.interruption import EXIT_CODE, Interrupted
 from training.plan import describe_plan, draw_data
 from training.run import Run, fail, start
@@ -20,6 +21,7 @@ def main(**stages: Callable[[Run], None]) -> Run | None:
     is saved.
     """
     run = start(list(stages))
+    check_features(run, list(stages))
     if run.config.dry_run:
         run.print(describe_plan(run))
         run.print(draw_data(run))
@@ -29,10 +31,12 @@ def main(**stages: Callable[[Run], None]) -> Run | None:
             run.interruption.check()
             stage(run)
         except torch.OutOfMemoryError as error:
+            section = getattr(run.config, name)
+            raised = f"raise --{name}.gradient_accumulation_steps, " if hasattr(section, "max_steps") else ""
             fail(
                 RunError(
-                    f"out of memory in stage {name} ({error}): raise --{name}.gradient_accumulation_steps, "
-                    f"lower --{name}.batch_size, or set --latents.resident disk\n{last_good(run, name)}"
+                    f"out of memory in stage {name} ({error}): {raised}lower --{name}.batch_size, or set "
+                    f"--latents.resident disk\n{last_good(run, name)}"
                 )
             )
         except RunError as error:
@@ -46,8 +50,25 @@ def main(**stages: Callable[[Run], None]) -> Run | None:
     return run
 
 
+def check_features(run: Run, stages: list[str]) -> None:
+    """Load the network of the figures before anything else costs time, if a stage will need it."""
+    config = run.config
+    if not (
+        ("evaluation" in stages and config.evaluation.num_samples)
+        or ("denoiser" in stages and config.denoiser.evaluate_every)
+    ):
+        return
+    try:
+        with run.accelerator.main_process_first():  # one downloads
+            load_network(config.evaluation.features)
+    except RunError as error:
+        fail(error)
+
+
 def last_good(run: Run, stage: str) -> str:
     """Where a stage's state is, from which the same command continues."""
     found = found_checkpoints(run.folder / stage)
     state = f"its last good state is {found[-1]}" if found else "it has no checkpoint yet"
+    if stage in ("latents", "evaluation"):
+        state = "what is done is kept"
     return f"{state}. The same command goes on from there."

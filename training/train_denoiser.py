@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ldm_pipeline.models import build_scheduler, load_autoencoder
 from ldm_pipeline.pipeline import Condition, LDMPipeline
 from training.checkpoint import Checkpoints
+from training.config import DenoiserConfig
 from training.dropout import draw_dropout, use_global_dropout
 from training.ema import EMA
 from training.errors import RunError
@@ -16,6 +17,7 @@ from training.files import read_json, replacing
 from training.interruption import Interrupted
 from training.latents import LatentSet
 from training.metrics import draw_grid, validation_loss
+from training.monitor import Monitor
 from training.networks import new_denoiser
 from training.objectives import DenoisingLoss, draw_timesteps, stratified
 from training.order import batch_flips, batch_indices, generator, slice_of_batch
@@ -49,6 +51,7 @@ def train_denoiser(run: Run) -> None:
         build_scheduler(trained.objective),
         trained.objective,
         run.data.id2label if unet.config.num_class_embeds else None,
+        defaults_of(config, unet),
     )
     if config.compile:
         unet.compile()
@@ -61,6 +64,8 @@ def train_denoiser(run: Run) -> None:
         raise RunError(f"{folder} was trained on other latents than there are now: --redo '[denoiser]'")
     place = (accelerator.process_index, accelerator.num_processes, config.gradient_accumulation_steps)
     log = RunLog(run, "denoiser", config, record)
+    drawn = (config.sample_steps, config.guidance_scale)
+    monitor = Monitor(run, pipeline) if config.evaluate_every else None
 
     for step in range(record["step"], config.max_steps):
         optimizer.param_groups[0]["lr"] = config.learning_rate_at(step)
@@ -87,9 +92,12 @@ def train_denoiser(run: Run) -> None:
                 with ema.swapped():
                     log.write(validation_loss(run, unet, trained.objective, held_out, limit=1024))
             if log.due(config.sample_every):
-                draw_grid(run, pipeline, f"denoiser-{step + 1:07d}-raw.png")
+                draw_grid(run, pipeline, f"denoiser-{step + 1:07d}-raw.png", *drawn)
                 with ema.swapped():
-                    draw_grid(run, pipeline, f"denoiser-{step + 1:07d}-ema.png")
+                    draw_grid(run, pipeline, f"denoiser-{step + 1:07d}-ema.png", *drawn)
+            if config.evaluate_every and log.due(config.evaluate_every):
+                with ema.swapped():
+                    log.write(monitor.measure(step + 1))
             stopping = run.interruption.requested()
             if stopping or log.due(config.checkpoint_every):
                 checkpoints.save(accelerator, step + 1, {**log.record(), "latents": key})
@@ -166,6 +174,12 @@ def condition_of(latents: LatentSet, unet: nn.Module, indices: Tensor, dropped: 
     return Condition(class_labels=latents.class_labels(indices)).drop(dropped, null)
 
 
+def defaults_of(config: DenoiserConfig, unet: nn.Module) -> dict:
+    """What the finished pipeline draws with where a call says nothing else."""
+    guidance = {"guidance_scale": config.guidance_scale} if unet.config.num_class_embeds else {}
+    return {"num_inference_steps": config.sample_steps} | guidance
+
+
 def save_pipeline(run: Run, pipeline: LDMPipeline, ema: EMA) -> None:
     """Write the pipeline folder with the averaged denoiser, whole or not at all."""
     averages = {name: whole(value).cpu() for name, value in ema.state_dict().items()}
@@ -175,7 +189,10 @@ def save_pipeline(run: Run, pipeline: LDMPipeline, ema: EMA) -> None:
         unet.load_state_dict(averages, assign=True)
         parts = {**pipeline.components, "unet": unet}
         averaged = LDMPipeline(
-            **parts, objective=pipeline.config.objective, id2label=pipeline.config.id2label
+            **parts,
+            objective=pipeline.config.objective,
+            id2label=pipeline.config.id2label,
+            defaults=pipeline.config.defaults,
         )
         size = sum(p.nbytes for part in (averaged.vae, unet) for p in part.parameters())
         with replacing(run.folder / "pipeline", size) as aside:
