@@ -9,6 +9,9 @@ _HOMES = {
     "build_unet": "models",
     "build_scheduler": "models",
     "set_latent_statistics": "pipeline",
+    "export_for_hub": "hub",
+    "push_to_hub": "hub",
+    "render_card": "card",
 }
 __all__ = sorted(_HOMES)
 

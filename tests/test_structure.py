@@ -11,9 +11,17 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from training import publish_ldm
 from training.config import parse_config
 
-SCRIPTS = {"train_ldm", "train_autoencoder", "encode_latents", "train_denoiser", "evaluate_ldm"}
+SCRIPTS = {
+    "train_ldm",
+    "train_autoencoder",
+    "encode_latents",
+    "train_denoiser",
+    "evaluate_ldm",
+    "publish_ldm",
+}
 README = (ROOT / "README.md").read_text()
 
 
@@ -66,7 +74,7 @@ def test_every_configuration_is_valid(path):
 
 def test_every_command_and_flag_of_the_readme_exists(monkeypatch):
     monkeypatch.chdir(ROOT)
-    commands = re.findall(r"^(?:accelerate launch|python|make) .*(?:\\\n.*)*", README, re.MULTILINE)
+    commands = re.findall(r"^(?:accelerate launch|python|make) (?:\\\n|.)*", README, re.MULTILINE)
     assert len(commands) >= 4
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for command in commands:
@@ -76,8 +84,11 @@ def test_every_command_and_flag_of_the_readme_exists(monkeypatch):
             continue
         script = next(word for word in words if word.endswith(".py"))
         assert (ROOT / script).exists(), command
-        if script.startswith("training/"):
-            parse_config(words[words.index(script) + 1 :])
+        arguments = words[words.index(script) + 1 :]
+        if script == "training/publish_ldm.py":
+            publish_ldm.parse(arguments)
+        elif script.startswith("training/"):
+            parse_config(arguments)
     for flag in re.findall(r"`--((?:data|autoencoder|latents|denoiser|evaluation)\.\w+)", README):
         section, option = flag.split(".")
         assert hasattr(getattr(parse_config([]), section), option), flag

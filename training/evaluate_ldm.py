@@ -236,7 +236,7 @@ def summary(run: Run) -> str:
     shown |= figures["samples"]["figures"] if "samples" in figures else {}
     described = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
     names = LDMPipeline.load_config(run.folder / "pipeline")["id2label"]
-    label = f"class_labels={json.dumps(names[str(min(7, len(names) - 1))])}, " if names else ""
+    label = f"class_labels={json.dumps(names[str(min(7, len(names) - 1))])}" if names else ""
     return "\n".join([
         f"grid:     {run.folder / 'samples' / 'samples.png'}",
         f"figures:  {run.folder / 'metrics.json'} ({described})",
@@ -244,7 +244,7 @@ def summary(run: Run) -> str:
         "",
         "from ldm_pipeline import LDMPipeline",
         f'pipe = LDMPipeline.from_pretrained("{(run.folder / "pipeline").as_posix()}")',
-        f'pipe({label}num_inference_steps=20).images[0].save("picture.png")',
+        f'pipe({label}).images[0].save("picture.png")',
     ])  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def save_curve(values: dict[int, float], name: str, path: Path) -> None:
     """Draw a figure called `name` by training step."""
     figure, axes = _axes("denoiser step", name)
     axes.plot(list(values), list(values.values()), marker="o", color="#1f77b4")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(values.values()))
     _save(figure, path)
 
 
