@@ -68,6 +68,7 @@ def evaluate(run: Run) -> None:
     figures |= circumstances(run, pipeline) | {"key": key}
     if run.accelerator.is_main_process:
         write_json(path, figures)
+    run.print(report(figures))
     run.accelerator.wait_for_everyone()
 
 
@@ -215,6 +216,29 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
+def report(figures: dict) -> str:
+    """The figures and their protocol in words."""
+    lines = {"reconstruction": figures["reconstruction"]}
+    if "samples" in figures:
+        lines["samples"] = figures["samples"]["figures"]
+    if "real" in figures:
+        lines["held-out images in their place"] = figures["real"]["figures"]
+        lines["copies of training images"] = figures["memorisation"]
+    lines["protocol"] = figures.get("samples", {}).get("protocol", {}) | {"hardware": figures["hardware"]}
+    return "\n".join(f"{name}: {listed(values)}" for name, values in lines.items())
+
+
+def listed(values: dict) -> str:
+    """Names and values on one line."""
+
+    def shown(value) -> str:
+        if isinstance(value, dict):
+            return f"({listed(value)})"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    return ", ".join(f"{name} {shown(value)}" for name, value in values.items())
+
+
 def hardware(run: Run) -> str:
     """The device in words, for every figure measured on it."""
     processes = run.accelerator.num_processes
@@ -231,15 +255,11 @@ def count_parameters(module: nn.Module) -> int:
 
 def summary(run: Run) -> str:
     """Where the results are, and how to use them."""
-    figures = read_json(run.folder / "metrics.json")
-    shown = {name: figures["reconstruction"][name] for name in ("PSNR", "SSIM")}
-    shown |= figures["samples"]["figures"] if "samples" in figures else {}
-    described = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
     names = LDMPipeline.load_config(run.folder / "pipeline")["id2label"]
     label = f"class_labels={json.dumps(names[str(min(7, len(names) - 1))])}" if names else ""
     return "\n".join([
         f"grid:     {run.folder / 'samples' / 'samples.png'}",
-        f"figures:  {run.folder / 'metrics.json'} ({described})",
+        f"figures:  {run.folder / 'metrics.json'}",
         f"pipeline: {run.folder / 'pipeline'}",
         "",
         "from ldm_pipeline import LDMPipeline",
