@@ -105,6 +105,14 @@ def test_a_sweep_in_another_batch_size_and_the_best_of_it(straight, tiny_run, tm
     printed = launch(
         "evaluate_ldm.py", *options, "--evaluation.batch_size", "7", config=run / "config.yaml"
     ).stdout
+    drawn = {path: path.stat().st_mtime_ns for path in run.glob("evaluation/*-1.5-*/*.safetensors")}
+    assert (
+        "stands"
+        not in launch(
+            "evaluate_ldm.py", *options, "--evaluation.num_images=63", config=run / "config.yaml"
+        ).stdout
+    )
+    assert {path: path.stat().st_mtime_ns for path in run.glob("evaluation/*-1.5-*/*.safetensors")} == drawn
     rows = list(csv.DictReader(open(run / "sweep" / "table.csv")))
     assert len(rows) == 8 and len((run / "sweep" / "table.md").read_text().splitlines()) == 12
     assert {row["network_evaluations"] for row in rows} == {"1", "2", "4"}

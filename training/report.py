@@ -57,6 +57,8 @@ def save_sweep(rows: list[dict], path: Path) -> None:
 
     A line for each scheduler and guidance scale; the best setting is marked and named.
     """
+    from matplotlib.ticker import LogLocator  # here, because it takes a second to import
+
     name = next(iter(rows[0]["figures"]))
     figure, axes = _axes("network evaluations a picture", name)
     schedulers = list(dict.fromkeys(row["scheduler"] for row in rows))
@@ -81,7 +83,12 @@ def save_sweep(rows: list[dict], path: Path) -> None:
     axes.set_title(f"lowest: {place[1]:.3g}, {how}", fontsize=10)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    ticks = sorted({row["network_evaluations"] for row in rows})
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 7)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    ticks: list[int] = []
+    for evaluations in sorted({row["network_evaluations"] for row in rows}):
+        if not ticks or evaluations > 1.15 * ticks[-1]:  # closer numbers would overlap
+            ticks.append(evaluations)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.legend(fontsize=8, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
@@ -89,7 +96,7 @@ def save_sweep(rows: list[dict], path: Path) -> None:
 
 
 def _axes(x: str, y: str):
-    from matplotlib.figure import Figure  # here, because it takes a second to import; needs no display
+    from matplotlib.figure import Figure  # needs no display
 
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel=x, ylabel=y)

@@ -141,9 +141,11 @@ def draw_features(
 
 def samples_folder(run: Run, weights: str, setting: Setting, network: FeatureNetwork) -> Path:
     """Where the features of these samples are kept: named by all that they depend on."""
+    # What Diffusers notes for itself under an underscore changes by saving, and its order by process.
+    scheduler = {name: value for name, value in setting.scheduler.config.items() if name[0] != "_"}
     key = {
         "weights": weights,
-        "scheduler": json.dumps(dict(setting.scheduler.config), default=str, sort_keys=True),
+        "scheduler": f"{setting.name} {json.dumps(scheduler, default=str, sort_keys=True)}",
         "steps": setting.num_inference_steps,
         "guidance": setting.guidance_scale,
         "seed": run.config.seed,
