@@ -239,7 +239,8 @@ def _sweep(sweep: dict) -> dict | None:
     rows = [row for row in rows if row["figures"]]
     if not rows:
         return None
-    names, own = list(rows[0]["figures"]), [key for key in rows[0] if key != "figures"]
+    names = [name for name in rows[0]["figures"] if not name.endswith(" deviation")]  # the table is wide
+    own = [key for key in rows[0] if key != "figures"]
     rows.sort(key=lambda row: row["figures"].get(names[0], math.inf))
     cells = [[*map(row.get, own), *map(row["figures"].get, names)] for row in rows[:ROWS]]
     table = _lines([[*map(_words, own), *names], *([_number(c) or c or "" for c in row] for row in cells)])
