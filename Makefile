@@ -8,9 +8,9 @@ demo: .venv/installed ## set up, then train on handwritten digits, on two CPU co
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --dynamo_backend no --mixed_precision no \
 		training/train_ldm.py --config training/configs/digits.yaml
 
-test: .venv/installed ## set up, then run all tests
+test: .venv/installed ## set up, then run all tests, two files at once
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 proofs: .venv/installed ## the longer tests: two processes and one, sharded and whole
 	$(BIN)/python -m pytest -m slow -s

@@ -204,12 +204,13 @@ def test_a_signal_saves_first_and_a_second_one_ends_at_once(tmp_path):
     saved = int(re.search(r"stopped in stage autoencoder.*checkpoint-(\d+)", printed)[1])
     assert saved >= 6 and (run / "autoencoder" / f"checkpoint-{saved}" / "state.json").exists()
     # Held by a step that does not end, a second signal does what it would without this package.
-    stuck = "import time, training.train_autoencoder as t\nt.optimizer_step = lambda *a: time.sleep(100)"
+    stuck = "import time, training.train_autoencoder as t\n"
+    stuck += "t.optimizer_step = lambda *a: print('stuck', flush=True) or time.sleep(100)"
     process = subprocess.Popen(
         [sys.executable, "-c", PREPARED.format(stuck), *options[2:]],
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    time.sleep(20)
+    assert any(line == "stuck\n" for line in process.stdout)
     process.send_signal(signal.SIGTERM)
     time.sleep(1.5)
     assert process.poll() is None
