@@ -46,6 +46,13 @@ def comparable(figures):
     }
 
 
+def flat(tree, name=""):
+    """The values of a tree by their path."""
+    if not isinstance(tree, dict):
+        return {name: tree}
+    return {path: value for key, each in tree.items() for path, value in flat(each, f"{name}/{key}").items()}
+
+
 def test_figures_come_with_their_protocol(straight):
     found, images, labels = straight
     figures, protocol = found["samples"]["figures"], found["samples"]["protocol"]
@@ -67,7 +74,10 @@ def test_figures_come_with_their_protocol(straight):
 
 def test_two_processes_draw_the_samples_of_one(straight, tiny_run, tmp_path):
     found, _ = judge(tiny_run / "pipeline", tmp_path, "--evaluation.save_samples", "npz", processes=2)
-    assert comparable(found) == comparable(straight[0])
+    assert found["samples"]["protocol"] == straight[0]["samples"]["protocol"]  # with the hash of all samples
+    # A process of two has half the threads, and so sums eigenvalues in another order.
+    one, two = flat(comparable(straight[0])), flat(comparable(found))
+    assert two == pytest.approx(one, rel=1e-9, abs=1e-9)
 
 
 def test_killed_and_restarted_it_measures_the_same(straight, tiny_run, tmp_path):
