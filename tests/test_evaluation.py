@@ -47,9 +47,9 @@ def comparable(figures):
 
 
 def flat(tree, name=""):
-    """The values of a tree by their path."""
+    """The numbers in a tree by their path."""
     if not isinstance(tree, dict):
-        return {name: tree}
+        return {name: tree} if isinstance(tree, (int, float)) else {}
     return {path: value for key, each in tree.items() for path, value in flat(each, f"{name}/{key}").items()}
 
 
