@@ -17,10 +17,11 @@ from tqdm import tqdm
 from ldm_pipeline.models import load_autoencoder
 from training.config import parse_config
 from training.data import ImageSplit, load_images
-from training.features import FeatureNetwork, load_network, to_bytes
+from training.features import FeatureNetwork, load_network
 from training.figures import FrechetDistance
 from training.latents import encode
 from training.metrics import psnr, ssim
+from training.report import to_bytes
 
 
 def load(split: ImageSplit, count: int) -> Tensor:

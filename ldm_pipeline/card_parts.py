@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+from ldm_pipeline.pipeline import latent_size
 from ldm_pipeline.run_files import STAGES, RunFiles
 
 ROWS = 12  # of a sweep's table
@@ -42,13 +43,8 @@ def image_size(pipe) -> tuple[int, int]:
     """Height and width of the pictures that `pipe` draws, in pixels."""
     config = pipe.vae.config
     widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-    height, width = _latent_size(pipe)
+    height, width = latent_size(pipe.unet)
     return height * 2 ** (len(widths) - 1), width * 2 ** (len(widths) - 1)
-
-
-def _latent_size(pipe) -> tuple[int, int]:
-    size = pipe.unet.config.sample_size
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def sampling_settings(pipe, protocol: dict) -> dict:
@@ -100,7 +96,7 @@ def _call(pipe, names: list[str], protocol: dict) -> str:
 def _model_rows(pipe, run: RunFiles) -> dict:
     vae, unet, classes = pipe.vae, pipe.unet, number_of_classes(pipe)
     height, width = image_size(pipe)
-    latents = "x".join(map(str, (unet.config.out_channels, *_latent_size(pipe))))
+    latents = "x".join(map(str, (unet.config.out_channels, *latent_size(pipe.unet))))
     weights = [weight for model in (vae, unet) for weight in model.state_dict().values()]
     size = sum(weight.numel() * weight.element_size() for weight in weights) / 1e6
     types = {str(weight.dtype).removeprefix("torch.") for weight in weights if weight.is_floating_point()}

@@ -107,7 +107,7 @@ def denoise(unet, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condi
     return unet(noisy, timesteps, **condition.given(), return_dict=False)[0]
 
 
-def _size(unet) -> tuple[int, int]:
+def latent_size(unet) -> tuple[int, int]:
     """Height and width of the latents."""
     size = unet.config.sample_size
     size = (size, size) if isinstance(size, int) else size
@@ -405,7 +405,7 @@ def _try(model) -> None:
             model.step(model.scale_model_input(x, t) if hasattr(model, "scale_model_input") else x, t, x)
     elif not isinstance(model, UNet2DConditionModel):
         config, unet = model.config, isinstance(model, UNet2DModel)
-        shape = (1, config.out_channels, *_size(model)) if unet else (1, config.in_channels, 256, 256)
+        shape = (1, config.out_channels, *latent_size(model)) if unet else (1, config.in_channels, 256, 256)
         given = (
             (torch.zeros(shape), torch.zeros(1), Condition.null(model, 1)) if unet else (torch.zeros(shape),)
         )
@@ -680,7 +680,7 @@ class LDMPipeline(DiffusionPipeline):
         """(N, C, H, W) float32 of the deviation that the scheduler starts from."""
         channels = self.unet.config.out_channels
         if latents is None:
-            shape = (batch_size, channels, *_size(self.unet))
+            shape = (batch_size, channels, *latent_size(self.unet))
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif latents.ndim != 4 or latents.shape[1] != channels:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; wanted (N, {channels}, H, W)")

@@ -13,14 +13,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ldm_pipeline.pipeline import LDMPipeline
+from ldm_pipeline.pipeline import LDMPipeline, latent_size
 from training.errors import RunError
-from training.features import FeatureNetwork, load_network, real_features, sha256_of, short, to_bytes
+from training.features import FeatureNetwork, load_network, real_features, sha256_of, short
 from training.figures import FEWEST, Reference, check_arithmetic, frechet_distance, label
 from training.files import read_json, write_json
 from training.latents import LatentSet, encode
 from training.memorisation import memorisation
 from training.metrics import draw_grid, inference, lpips_alex, measure_reconstruction, validation_loss
+from training.report import to_bytes
 from training.run import Run, cpu_capabilities
 from training.sampling import (
     Setting,
@@ -93,7 +94,7 @@ def open_pipeline(run: Run) -> LDMPipeline:
             f"{source} has {classes - 1} classes, the data has {len(names)}: choose other data "
             "(--data.dataset, --data.label_column)"
         )
-    image = torch.zeros(1, pipeline.unet.config.out_channels, *_pair(pipeline.unet.config.sample_size))
+    image = torch.zeros(1, pipeline.unet.config.out_channels, *latent_size(pipeline.unet))
     shape = pipeline.vae.decode(image.to(run.device, pipeline.vae.dtype)).sample.shape[1:]
     wanted = (run.config.data.channels, run.config.data.resolution, run.config.data.resolution)
     if tuple(shape) != wanted:
@@ -102,10 +103,6 @@ def open_pipeline(run: Run) -> LDMPipeline:
             "--data.channels and --data.resolution"
         )
     return pipeline
-
-
-def _pair(size: int | list[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def reconstruction_figures(run: Run, autoencoder: nn.Module, network: FeatureNetwork | None) -> dict:

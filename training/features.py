@@ -17,6 +17,7 @@ from training import digit_reader
 from training.data import ImageSplit
 from training.errors import RunError
 from training.interruption import leave_signals_to_parent
+from training.report import to_bytes
 from training.run import Run
 from training.stream import read_batches, stream
 
@@ -157,11 +158,6 @@ class _Pooled(nn.Module):
         found = self.model(pixel_values=pixels)
         pooled = getattr(found, "pooler_output", None)
         return found.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """The pixels uint8 that a PNG of images in [-1, 1] would hold."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def real_features(

@@ -12,6 +12,11 @@ from training.files import write_bytes
 GAP = 2  # pixels of the enlarged grid between two images
 
 
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """The pixels uint8 that a PNG of images in [-1, 1] would hold."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 def save_grid(images: torch.Tensor, path: Path, columns: int | None = None, scale: int | None = None) -> None:
     """Write images as one PNG, row by row, enlarged by whole factors so that single pixels can be seen.
 
@@ -32,7 +37,7 @@ def save_grid(images: torch.Tensor, path: Path, columns: int | None = None, scal
     columns = columns or int(np.ceil(np.sqrt(count)))
     scale = scale or max(1, round(800 / (columns * width)))
     height, width = height * scale, width * scale
-    pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = to_bytes(images.detach().cpu())
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3).permute(0, 2, 3, 1).numpy()
     rows = -(-count // columns)
     grid = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), 255, np.uint8)

@@ -19,9 +19,10 @@ from torch import Tensor
 from ldm_pipeline.models import build_scheduler
 from ldm_pipeline.pipeline import LDMPipeline, scheduler_family
 from training.errors import RunError
-from training.features import FeatureNetwork, sha256_of, short, to_bytes
+from training.features import FeatureNetwork, sha256_of, short
 from training.metrics import inference
 from training.order import generator
+from training.report import to_bytes
 from training.run import Run
 from training.stream import batches, read_batch, read_batches, stream
 

@@ -53,7 +53,6 @@ def train_autoencoder(run: Run) -> None:
     perceptual = perceptual_distance(config)
     trained = AutoencoderLoss(autoencoder, config, None if perceptual is None else perceptual.to(run.device))
     ema = EMA(autoencoder, config.ema_fraction, config.ema_half_life)
-    ema = EMA(autoencoder, config.ema_fraction, config.ema_half_life)
     optimizer = build_optimizer(config, autoencoder)
     states = {"autoencoder": autoencoder, "ema": ema, "optimizer": optimizer}
     if discriminator is not None:
