@@ -16,15 +16,15 @@ from tqdm import tqdm
 
 from ldm_pipeline.models import load_autoencoder
 from training.config import parse_config
-from training.data import ImageSplit, load_images
-from training.features import FeatureNetwork, load_network
-from training.figures import FrechetDistance
-from training.latents import encode
-from training.metrics import psnr, ssim
-from training.report import to_bytes
+from training.data.images import ImageDataset, load_images
+from training.data.latents import encode
+from training.evaluation.features import FeatureNetwork, load_network
+from training.evaluation.metrics import FrechetDistance
+from training.evaluation.plots import to_bytes
+from training.evaluation.validation import psnr, ssim
 
 
-def load(split: ImageSplit, count: int) -> Tensor:
+def load(split: ImageDataset, count: int) -> Tensor:
     """The first `count` images `(N, C, R, R)` in [-1, 1]."""
     chosen = range(min(count, len(split)))
     return torch.stack(

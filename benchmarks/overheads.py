@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 from ldm_pipeline import LDMPipeline, build_scheduler
 from ldm_pipeline.pipeline import Condition, denoise, denormalize_latents, set_latent_statistics
 from training.config import parse_config
-from training.files import write_json
-from training.latents import LatentSet
+from training.data.latents import LatentDataset
+from training.losses.denoising import DenoisingLoss
 from training.networks import latent_shape_of, new_autoencoder, new_denoiser
-from training.objectives import DenoisingLoss
-from training.run import Run, build_optimizer, start
+from training.runtime.atomic import write_json
+from training.runtime.optimization import build_optimizer
+from training.runtime.run import Run, start
 from training.train_denoiser import train_denoiser
 
 IMAGES = 4096
@@ -167,7 +168,7 @@ def mapped_against_resident(run: Run, rounds: int) -> float:
     size = run.config.denoiser.batch_size
     readers = {}
     for where in ("disk", "device"):
-        latents = LatentSet(run.folder / "latents", "train", pipe.vae, run.device, where)
+        latents = LatentDataset(run.folder / "latents", "train", pipe.vae, run.device, where)
         noise = torch.randn(size, *latents.shape, device=run.device)
         indices, flips = torch.randint(IMAGES, (size,)), torch.randint(2, (size,))
         readers[where] = lambda s=latents, n=noise, i=indices, f=flips: (s.batch(i, f, n), s.class_labels(i))

@@ -1,7 +1,7 @@
 """Accidents at every moment of the tiny run: `make chaos`. Prints what was injected, and what was lost.
 
 Every life of a run is a real process, forked from one that has the libraries loaded (so it needs Linux or
-macOS). Accidents hit it from outside, at random moments, or inside its writes, through `files.passing`.
+macOS). Accidents hit it from outside, at random moments, or inside its writes, through `atomic.passing`.
 """
 
 import json
@@ -24,9 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from training import encode_latents, evaluate_ldm, files, train_autoencoder, train_denoiser  # noqa: E402, F401
-from training.interruption import EXIT_CODE  # noqa: E402
-from training.run_folder import LOCK  # noqa: E402
+from training import encode_latents, evaluate_ldm, train_autoencoder, train_denoiser  # noqa: E402, F401
+from training.runtime import atomic  # noqa: E402
+from training.runtime.folder import LOCK  # noqa: E402
+from training.runtime.signals import EXIT_CODE  # noqa: E402
 
 TINY = ROOT / "training" / "configs" / "tiny.yaml"
 # Epochs end in the middle of a batch, a step has two parts, and the discriminator joins in.
@@ -131,7 +132,7 @@ def strike_in_writes(
             report.write_text(json.dumps(key))
             accident(moment, path)
 
-    files.passing = passing
+    atomic.passing = passing
 
 
 def kill_torn(moment: str, path: Path) -> None:

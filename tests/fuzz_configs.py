@@ -18,8 +18,8 @@ from conftest import ROOT, TINY
 from ldm_pipeline.models import build_scheduler
 from ldm_pipeline.pipeline import Condition, denoise
 from training.config import Config, DataConfig, objective_of, parse_config
-from training.data import ImageData, load_images
-from training.latents import encode
+from training.data.images import ImageData, load_images
+from training.data.latents import encode
 from training.networks import check_networks, check_shapes, new_autoencoder, new_denoiser
 
 TEXTS, NETWORKS = 60, 80

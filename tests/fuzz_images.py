@@ -20,8 +20,8 @@ import torch
 from PIL import Image, features
 
 from training.config import DataConfig
-from training.data import ImageData, load_images
-from training.scan import scan
+from training.data.images import ImageData, load_images
+from training.data.scan import scan
 
 PROJECT = Path(__file__).parent.parent
 RESOLUTION = 16

@@ -13,8 +13,7 @@ import yaml
 from conftest import ROOT, TINY, environment
 from fuzz_configs import options, outcomes
 
-from training.checks import check_config
-from training.config import Config, parse_config
+from training.config import Config, check_config, parse_config
 
 
 def refusal(*argv: str, capsys=None) -> str:

@@ -18,10 +18,10 @@ import torch
 from fuzz_images import check_refused, encoded, six_images, write_sets, write_tar
 from PIL import Image
 
-from training import sources
 from training.config import DataConfig
-from training.data import ImageData, load_images
-from training.scan import scan
+from training.data import sources
+from training.data.images import ImageData, load_images
+from training.data.scan import scan
 
 
 @pytest.fixture(autouse=True)

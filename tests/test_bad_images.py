@@ -18,10 +18,9 @@ from fuzz_images import encoded, noise
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from training.config import DataConfig
-from training.data import ImageData, load_images, transform
-from training.errors import RunError
-from training.scan import scan
+from training.config import DataConfig, RunError
+from training.data.images import ImageData, load_images, transform
+from training.data.scan import scan
 
 
 @pytest.fixture(scope="module")

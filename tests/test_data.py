@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from training import sources
 from training.config import DataConfig
-from training.data import load_images, transform
-from training.order import StepSampler, batch_indices, generator, slice_of_batch
-from training.report import save_grid
-from training.scan import Scan, scan
+from training.data import sources
+from training.data.images import load_images, transform
+from training.data.order import StepSampler, batch_indices, seeded_generator, slice_of_batch
+from training.data.scan import Scan, scan
+from training.evaluation.plots import save_grid
 
 GREYS = [0, 40, 80, 120, 160, 200]  # one image each; those of class "a" come first
 CLASSES = ["a", "a", "a", "b", "b", "b"]
@@ -371,7 +371,7 @@ def test_the_fingerprint_names_content_and_transform(tmp_path):
 def test_the_fingerprint_is_that_of_another_process_with_another_cache(tmp_path):
     path = write_parquet_file(tmp_path)
     code = (
-        "from training.config import DataConfig; from training.data import load_images;"
+        "from training.config import DataConfig; from training.data.images import load_images;"
         f"print(load_images(DataConfig(dataset={str(path)!r})).fingerprint)"
     )
     env = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "other"), "PYTHONHASHSEED": "7"}
@@ -417,9 +417,9 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 
 def test_generators_depend_on_every_part_of_their_key():
     keys = [(0, "noise", 1), (0, "noise", 2), (1, "noise", 1), (0, "time", 1), (0, "noise1"), (0, 1)]
-    drawn = [torch.rand(1, generator=generator("cpu", *key)).item() for key in keys]
+    drawn = [torch.rand(1, generator=seeded_generator("cpu", *key)).item() for key in keys]
     assert len(set(drawn)) == len(keys)
-    assert drawn[0] == torch.rand(1, generator=generator("cpu", 0, "noise", 1)).item()
+    assert drawn[0] == torch.rand(1, generator=seeded_generator("cpu", 0, "noise", 1)).item()
 
 
 def test_spawned_workers_deliver_the_same_batches():

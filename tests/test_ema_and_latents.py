@@ -11,10 +11,10 @@ from torch import nn
 from ldm_pipeline.models import load_autoencoder
 from ldm_pipeline.pipeline import denormalize_latents
 from training.config import parse_config
-from training.data import load_images
-from training.ema import EMA
+from training.data.images import load_images
+from training.data.latents import LatentDataset, encode
 from training.encode_latents import channel_statistics
-from training.latents import LatentSet, encode
+from training.runtime.ema import EMA
 
 
 def test_the_average_forgets_half_of_a_step_in_its_half_life():
@@ -60,7 +60,7 @@ def cache(tiny_run):
 
 def test_cached_latents_equal_live_ones(cache):
     folder, autoencoder, images = cache
-    latents = LatentSet(folder, "train", autoencoder, torch.device("cpu"), "device")
+    latents = LatentDataset(folder, "train", autoencoder, torch.device("cpu"), "device")
     indices = torch.tensor([0, 999, 1000, len(images) - 1])  # both sides of a shard's border
     cached = latents.batch(indices, torch.zeros(4, dtype=torch.long), torch.zeros(4, *latents.shape))
     with torch.no_grad():
@@ -74,7 +74,8 @@ def test_cached_latents_equal_live_ones(cache):
 def test_mapped_latents_equal_resident_ones(cache):
     folder, autoencoder, images = cache
     sets = [
-        LatentSet(folder, "train", autoencoder, torch.device("cpu"), where) for where in ("device", "disk")
+        LatentDataset(folder, "train", autoencoder, torch.device("cpu"), where)
+        for where in ("device", "disk")
     ]
     assert len(sets[0]) == len(sets[1]) == len(images)
     indices, noise = torch.randperm(len(images))[:32], torch.randn(32, *sets[0].shape)

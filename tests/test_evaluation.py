@@ -14,7 +14,7 @@ from conftest import ROOT, TINY, environment, launch
 from PIL import Image
 
 from ldm_pipeline import LDMPipeline
-from training.features import load_network
+from training.evaluation.features import load_network
 
 SAMPLES = 320
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from training.figures import (
+from training.evaluation.metrics import (
     Reference,
     check_arithmetic,
     classifier_score,

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.config import Config
-from training.data import ImageSplit
-from training.scan import _Inspection
+from training.data.images import ImageDataset
+from training.data.scan import _Inspection
 
 IMAGES = [content for _, content in good_images(np.random.default_rng(0))]
 NUMBERS = [name for name, value in options(Config()).items() if isinstance(value, int | float | list | tuple)]
@@ -29,7 +29,7 @@ def test_an_image_is_used_or_reported(content, edits, kept, channels):
     for place, value in edits:
         content[int(place * len(content))] = value
     stored = [{"image": {"bytes": bytes(content[: math.ceil(kept * len(content))]), "path": None}}]
-    split = ImageSplit(stored, "image", None, "train", 8, channels)
+    split = ImageDataset(stored, "image", None, "train", 8, channels)
     found = _Inspection(split)[0]
     if isinstance(found, str):
         assert found.isprintable() and " at 0x" not in found

@@ -7,7 +7,7 @@ from torch import nn
 
 from ldm_pipeline import build_autoencoder
 from training.config import AutoencoderConfig
-from training.losses import (
+from training.losses.autoencoder import (
     AutoencoderLoss,
     PatchDiscriminator,
     adaptive_weight,

@@ -7,7 +7,13 @@ from torch import nn
 from ldm_pipeline import build_unet
 from ldm_pipeline.pipeline import Condition, alpha_sigma
 from training.config import DenoiserConfig, objective_of
-from training.objectives import DenoisingLoss, denoising_errors, draw_timesteps, min_snr_weight, stratified
+from training.losses.denoising import (
+    DenoisingLoss,
+    denoising_errors,
+    draw_timesteps,
+    min_snr_weight,
+    stratified,
+)
 
 TYPES = ("epsilon", "v_prediction", "flow_prediction")
 

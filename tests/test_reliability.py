@@ -17,8 +17,8 @@ from conftest import ROOT, TINY, command, environment, launch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from training.files import clean_up, replacing
-from training.interruption import EXIT_CODE
+from training.runtime.atomic import clean_up, replacing
+from training.runtime.signals import EXIT_CODE
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ALONE = [sys.executable, str(ROOT / "training" / "train_ldm.py"), "--config", str(TINY)]

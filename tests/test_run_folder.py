@@ -4,7 +4,7 @@ import pytest
 from conftest import TINY
 
 from training.config import parse_config
-from training.run_folder import check_folder, close_folder, open_folder
+from training.runtime.folder import check_folder, close_folder, open_folder
 
 
 def configure(folder, *options):

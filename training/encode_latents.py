@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 from ldm_pipeline.models import load_autoencoder
 from ldm_pipeline.pipeline import set_latent_statistics
-from training.errors import RunError
-from training.files import discard, file_sha256, read_json, write_bytes, write_json, write_tensors
-from training.interruption import leave_signals_to_parent
-from training.latents import encode, shard_problem
+from training.config import RunError
+from training.data.latents import encode, shard_problem
 from training.networks import latent_shape_of
-from training.run import Run
-from training.script import main
+from training.runtime.atomic import discard, file_sha256, read_json, write_bytes, write_json, write_tensors
+from training.runtime.run import Run
+from training.runtime.signals import leave_signals_to_parent
+from training.stages import main
 
 
 def encode_latents(run: Run) -> None:

@@ -14,16 +14,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ldm_pipeline.pipeline import LDMPipeline, latent_size
-from training.errors import RunError
-from training.features import FeatureNetwork, load_network, real_features, sha256_of, short
-from training.figures import FEWEST, Reference, check_arithmetic, frechet_distance, label
-from training.files import read_json, write_json
-from training.latents import LatentSet, encode
-from training.memorisation import memorisation
-from training.metrics import draw_grid, inference, lpips_alex, measure_reconstruction, validation_loss
-from training.report import to_bytes
-from training.run import Run, cpu_capabilities
-from training.sampling import (
+from training.config import RunError
+from training.data.latents import LatentDataset, encode
+from training.evaluation.features import FeatureNetwork, load_network, real_features, sha256_of, short
+from training.evaluation.memorization import memorisation
+from training.evaluation.metrics import FEWEST, Reference, check_arithmetic, frechet_distance, label
+from training.evaluation.plots import to_bytes
+from training.evaluation.samples import (
     Setting,
     draw_features,
     export_samples,
@@ -32,9 +29,19 @@ from training.sampling import (
     settings_of,
     weights_of,
 )
-from training.script import main
-from training.stream import read_batches, stream
-from training.sweep import sweep
+from training.evaluation.stream import read_batches, stream
+from training.evaluation.sweep import sweep
+from training.evaluation.validation import (
+    draw_grid,
+    inference,
+    lpips_alex,
+    measure_reconstruction,
+    validation_loss,
+)
+from training.runtime.accelerator import cpu_capabilities
+from training.runtime.atomic import read_json, write_json
+from training.runtime.run import Run
+from training.stages import main
 
 
 def evaluate(run: Run) -> None:
@@ -54,7 +61,7 @@ def evaluate(run: Run) -> None:
     network = load_network(config.features) if config.num_samples else None
     figures = {"reconstruction": reconstruction_figures(run, pipeline.vae, network)}
     if config.pipeline is None:
-        held_out = LatentSet(
+        held_out = LatentDataset(
             run.folder / "latents", "held_out", pipeline.vae, run.device, run.config.latents.resident
         )
         objective = pipeline.config.objective

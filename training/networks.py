@@ -5,9 +5,8 @@ from diffusers import AutoencoderDC, AutoencoderKL, UNet2DModel
 from torch import nn
 
 from ldm_pipeline.models import build_autoencoder, build_unet, load_autoencoder
-from training.config import Config, OptimizationConfig
-from training.data import ImageData
-from training.errors import RunError
+from training.config import Config, OptimizationConfig, RunError
+from training.data.images import ImageData
 
 
 def new_autoencoder(config: Config) -> AutoencoderKL | AutoencoderDC:

@@ -9,7 +9,7 @@ from typing import NoReturn
 from jsonargparse import ArgumentError, ArgumentParser
 
 from training import config  # noqa: F401  # sets up how jsonargparse reads docstrings
-from training.errors import redact
+from training.config import redact
 
 
 @dataclass
@@ -116,7 +116,7 @@ def check_figures(run: Path | None) -> None:
     if run is None or not (run / "metrics.json").exists():
         return
     from ldm_pipeline.pipeline import LDMPipeline, read_json
-    from training.sampling import weights_of
+    from training.evaluation.samples import weights_of
 
     measured = read_json(run / "metrics.json").get("key", {}).get("weights")
     if measured and measured != weights_of(LDMPipeline.from_pretrained(run / "pipeline")):

@@ -8,12 +8,10 @@ from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch.utils.data import DataLoader
 
 from ldm_pipeline.models import load_autoencoder
-from training.checkpoint import Checkpoints
-from training.ema import EMA
-from training.errors import RunError
-from training.files import write_bytes, write_tensors
-from training.interruption import Interrupted, leave_signals_to_parent
-from training.losses import (
+from training.config import RunError
+from training.data.order import StepSampler, seeded_generator, slice_of_batch
+from training.evaluation.validation import measure_reconstruction
+from training.losses.autoencoder import (
     AutoencoderLoss,
     PatchDiscriminator,
     adaptive_weight,
@@ -22,12 +20,15 @@ from training.losses import (
     last_layer,
     perceptual_distance,
 )
-from training.metrics import measure_reconstruction
 from training.networks import latent_shape_of, new_autoencoder
-from training.order import StepSampler, generator, slice_of_batch
-from training.run import Run, build_optimizer, optimizer_step, spread
-from training.run_log import RunLog
-from training.script import main
+from training.runtime.atomic import write_bytes, write_tensors
+from training.runtime.checkpoints import Checkpoints
+from training.runtime.ema import EMA
+from training.runtime.log import RunLog
+from training.runtime.optimization import build_optimizer, nan_if_nonfinite, optimizer_step
+from training.runtime.run import Run
+from training.runtime.signals import Interrupted, leave_signals_to_parent
+from training.stages import main
 
 
 def train_autoencoder(run: Run) -> None:
@@ -85,9 +86,9 @@ def train_autoencoder(run: Run) -> None:
     for step in range(record["step"], config.max_steps):
         for each in (optimizer,) if discriminator is None else (optimizer, discriminator_optimizer):
             each.param_groups[0]["lr"] = config.learning_rate_at(step)
-        draws = generator(run.device, seed, "autoencoder", step)
+        draws = seeded_generator(run.device, seed, "autoencoder", step)
         noise = torch.randn(batch, *latent_shape, generator=draws, device=run.device)
-        chance = torch.rand((), generator=generator("cpu", seed, "equivariance", step)).item()
+        chance = torch.rand((), generator=seeded_generator("cpu", seed, "equivariance", step)).item()
         halve = step >= config.max_steps // 2 and chance < config.equivariance
         adversarial = discriminator is not None and step >= config.gan_start
 
@@ -103,12 +104,12 @@ def train_autoencoder(run: Run) -> None:
                     terms["adversarial"] = fooled
                     terms["adaptive_weight"] = adaptive_weight(loss, fooled, last_layer(autoencoder))
                     loss = loss + config.gan_weight * terms["adaptive_weight"] * fooled
-                accelerator.backward(spread(loss) / parts)
+                accelerator.backward(nan_if_nonfinite(loss) / parts)
             if adversarial:
                 with nullcontext() if part == parts - 1 else accelerator.no_sync(judge):
                     logits = judge(torch.cat([target, reconstruction.detach()]))
                     terms["discriminator"] = discriminator_loss(*logits.chunk(2))
-                    accelerator.backward(spread(terms["discriminator"]) / parts)
+                    accelerator.backward(nan_if_nonfinite(terms["discriminator"]) / parts)
             log.add({key: value / parts for key, value in terms.items()})
         norm, skipped = optimizer_step(accelerator, optimizer, config.max_grad_norm)
         log.add({"grad_norm": norm})

@@ -8,23 +8,22 @@ from torch import Tensor, nn
 
 from ldm_pipeline.models import build_scheduler, load_autoencoder
 from ldm_pipeline.pipeline import Condition, LDMPipeline
-from training.checkpoint import Checkpoints
-from training.config import DenoiserConfig
-from training.dropout import draw_dropout, use_global_dropout
-from training.ema import EMA
-from training.errors import RunError
-from training.files import read_json, replacing
-from training.interruption import Interrupted
-from training.latents import LatentSet
-from training.metrics import draw_grid, validation_loss
-from training.monitor import Monitor
+from training.config import DenoiserConfig, RunError
+from training.data.latents import LatentDataset
+from training.data.order import batch_flips, batch_indices, seeded_generator, slice_of_batch
+from training.evaluation.monitor import Monitor
+from training.evaluation.validation import draw_grid, validation_loss
+from training.losses.denoising import DenoisingLoss, draw_timesteps, stratified
 from training.networks import new_denoiser
-from training.objectives import DenoisingLoss, draw_timesteps, stratified
-from training.order import batch_flips, batch_indices, generator, slice_of_batch
-from training.run import Run, build_optimizer, optimizer_step, spread
-from training.run_log import RunLog
-from training.script import main
-from training.sharding import prepare, whole
+from training.runtime.atomic import read_json, replacing
+from training.runtime.checkpoints import Checkpoints
+from training.runtime.distributed import draw_dropout, prepare, use_global_dropout, whole
+from training.runtime.ema import EMA
+from training.runtime.log import RunLog
+from training.runtime.optimization import build_optimizer, nan_if_nonfinite, optimizer_step
+from training.runtime.run import Run
+from training.runtime.signals import Interrupted
+from training.stages import main
 
 
 def train_denoiser(run: Run) -> None:
@@ -39,7 +38,7 @@ def train_denoiser(run: Run) -> None:
     # Latents, networks, optimizer and what a checkpoint holds.
     autoencoder = load_autoencoder(run.folder / "autoencoder").to(device).eval()
     latents, held_out = (
-        LatentSet(run.folder / "latents", split, autoencoder, device, run.config.latents.resident)
+        LatentDataset(run.folder / "latents", split, autoencoder, device, run.config.latents.resident)
         for split in ("train", "held_out")
     )
     check_scale(run, latents)
@@ -70,7 +69,7 @@ def train_denoiser(run: Run) -> None:
     for step in range(record["step"], config.max_steps):
         optimizer.param_groups[0]["lr"] = config.learning_rate_at(step)
         batch = draw_batch(run, latents, step)
-        dropout_seed = generator("cpu", run.config.seed, "dropout", step).initial_seed()
+        dropout_seed = seeded_generator("cpu", run.config.seed, "dropout", step).initial_seed()
         for part in range(place[2]):
             share = slice_of_batch(config.batch_size, *place, part)
             draw_dropout(dropouts, dropout_seed, config.batch_size, share, device)
@@ -80,7 +79,7 @@ def train_denoiser(run: Run) -> None:
             condition = condition_of(latents, unet, batch["indices"][share], batch["dropped"][share])
             with nullcontext() if part == place[2] - 1 else accelerator.no_sync(model):
                 loss, errors = model(clean, batch["noise"][share], batch["timesteps"][share], condition)
-                accelerator.backward(spread(loss) / place[2])
+                accelerator.backward(nan_if_nonfinite(loss) / place[2])
             log.add({"loss": loss / place[2], "error": errors.mean() / place[2]})
         norm, skipped = optimizer_step(accelerator, optimizer, config.max_grad_norm)
         log.add({"grad_norm": norm})
@@ -123,15 +122,15 @@ def _stands(run: Run, key: dict) -> bool:
     return True
 
 
-def check_scale(run: Run, latents: LatentSet) -> None:
+def check_scale(run: Run, latents: LatentDataset) -> None:
     """Refuse latents that are not normalised: the denoiser would learn another noise level.
 
     Raises:
         RunError: if the deviation of up to 2,048 images is not between 0.8 and 1.25.
     """
-    indices = torch.randperm(len(latents), generator=generator("cpu", run.config.seed, "scale"))[:2048]
+    indices = torch.randperm(len(latents), generator=seeded_generator("cpu", run.config.seed, "scale"))[:2048]
     noise = torch.randn(
-        len(indices), *latents.shape, generator=generator(run.device, 0, "scale"), device=run.device
+        len(indices), *latents.shape, generator=seeded_generator(run.device, 0, "scale"), device=run.device
     )
     deviation = latents.batch(indices, torch.zeros_like(indices), noise).std().item()
     if not 0.8 <= deviation <= 1.25:
@@ -143,7 +142,7 @@ def check_scale(run: Run, latents: LatentSet) -> None:
     run.print(f"latents: normalised deviation {deviation:.3f}")
 
 
-def draw_batch(run: Run, latents: LatentSet, step: int) -> dict[str, Tensor]:
+def draw_batch(run: Run, latents: LatentDataset, step: int) -> dict[str, Tensor]:
     """Everything random of the global batch of `step`, a function of (seed, step); to be sliced."""
     config, seed, size, device = (
         run.config.denoiser,
@@ -151,7 +150,7 @@ def draw_batch(run: Run, latents: LatentSet, step: int) -> dict[str, Tensor]:
         run.config.denoiser.batch_size,
         run.device,
     )
-    draws = generator(device, seed, "denoiser", step)
+    draws = seeded_generator(device, seed, "denoiser", step)
     uniform, dropped = (torch.rand(size, generator=draws, device=device) for _ in range(2))
     posterior_noise, noise = (
         torch.randn(size, *latents.shape, generator=draws, device=device) for _ in range(2)
@@ -166,7 +165,7 @@ def draw_batch(run: Run, latents: LatentSet, step: int) -> dict[str, Tensor]:
     }
 
 
-def condition_of(latents: LatentSet, unet: nn.Module, indices: Tensor, dropped: Tensor) -> Condition:
+def condition_of(latents: LatentDataset, unet: nn.Module, indices: Tensor, dropped: Tensor) -> Condition:
     """The condition `(N,)` of some images, with the null class where `dropped` `(N,)` is true."""
     null = Condition.null(unet, len(indices), dropped.device)
     if null.class_labels is None:

@@ -2,7 +2,7 @@
 
 from training.encode_latents import encode_latents
 from training.evaluate_ldm import evaluate, summary
-from training.script import main
+from training.stages import main
 from training.train_autoencoder import train_autoencoder
 from training.train_denoiser import train_denoiser
 

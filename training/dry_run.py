@@ -7,13 +7,14 @@ from torch import nn
 
 from ldm_pipeline.pipeline import Condition
 from training.config import OptimizationConfig
-from training.ema import EMA
-from training.losses import AutoencoderLoss
+from training.data.order import batch_flips, batch_indices
+from training.evaluation.plots import save_grid
+from training.losses.autoencoder import AutoencoderLoss
+from training.losses.denoising import DenoisingLoss
 from training.networks import check_shapes, new_autoencoder, new_denoiser
-from training.objectives import DenoisingLoss
-from training.order import batch_flips, batch_indices
-from training.report import save_grid
-from training.run import Run, build_optimizer
+from training.runtime.ema import EMA
+from training.runtime.optimization import build_optimizer
+from training.runtime.run import Run
 
 GIB = 2**30
 

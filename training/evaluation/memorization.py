@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from ldm_pipeline.pipeline import LDMPipeline
-from training.figures import ENOUGH, nearest
-from training.report import save_grid
-from training.run import Run
-from training.sampling import Setting, draw, sample_labels
+from training.evaluation.metrics import ENOUGH, nearest
+from training.evaluation.plots import save_grid
+from training.evaluation.samples import Setting, draw, sample_labels
+from training.runtime.run import Run
 
 QUANTILE = 0.05  # of the held-out images are nearer to a training image than the threshold
 ROWS, NEIGHBOURS = 8, 3

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
-from training import digit_reader
-from training.data import ImageSplit
-from training.errors import RunError
-from training.interruption import leave_signals_to_parent
-from training.report import to_bytes
-from training.run import Run
-from training.stream import read_batches, stream
+from training.config import RunError
+from training.data.images import ImageDataset
+from training.evaluation import digit_reader
+from training.evaluation.plots import to_bytes
+from training.evaluation.stream import read_batches, stream
+from training.runtime.run import Run
+from training.runtime.signals import leave_signals_to_parent
 
 KINDS = """\
 It may be "inception" (the network of FID), "digits" (for that data set alone), a local folder or Hub id of an
@@ -167,7 +167,7 @@ def real_features(
 
     Cached in the run folder by data, transform and network. Every process does its share, and gets all.
     """
-    images: ImageSplit = getattr(run.data, split)
+    images: ImageDataset = getattr(run.data, split)
     count, size = min(limit or len(images), len(images)), run.config.evaluation.batch_size
     key = {"data and transform": run.data.fingerprint, "split": split, "network": network.sha256}
     folder = run.folder / "evaluation" / f"real-{split}-{short(key)}"

@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import torch
 
-from training.checkpoint import found_checkpoints
-from training.errors import RunError
-from training.features import load_network
-from training.interruption import EXIT_CODE, Interrupted
-from training.plan import describe_plan, draw_data
-from training.run import Run, fail, start
-from training.run_folder import close_folder
+from training.config import RunError
+from training.dry_run import describe_plan, draw_data
+from training.evaluation.features import load_network
+from training.runtime.checkpoints import found_checkpoints
+from training.runtime.folder import close_folder
+from training.runtime.run import Run, fail, start
+from training.runtime.signals import EXIT_CODE, Interrupted
 
 
 def main(**stages: Callable[[Run], None]) -> Run | None:

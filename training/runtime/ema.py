@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from training.sharding import reshard
+from training.runtime.distributed import reshard
 
 
 class EMA:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.config import AutoencoderConfig
-from training.latents import encode
+from training.data.latents import encode
 
 
 def perceptual_distance(config: AutoencoderConfig) -> nn.Module | None:

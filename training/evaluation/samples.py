@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ldm_pipeline.models import build_scheduler
 from ldm_pipeline.pipeline import LDMPipeline, scheduler_family
-from training.errors import RunError
-from training.features import FeatureNetwork, sha256_of, short
-from training.metrics import inference
-from training.order import generator
-from training.report import to_bytes
-from training.run import Run
-from training.stream import batches, read_batch, read_batches, stream
+from training.config import RunError
+from training.data.order import seeded_generator
+from training.evaluation.features import FeatureNetwork, sha256_of, short
+from training.evaluation.plots import to_bytes
+from training.evaluation.stream import batches, read_batch, read_batches, stream
+from training.evaluation.validation import inference
+from training.runtime.run import Run
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -114,7 +114,7 @@ def draw(run: Run, pipeline: LDMPipeline, setting: Setting, indices, labels: Ten
             batch_size=len(indices),
             num_inference_steps=setting.num_inference_steps,
             guidance_scale=setting.guidance_scale,
-            generator=[generator(run.device, run.config.seed, "sample", index) for index in indices],
+            generator=[seeded_generator(run.device, run.config.seed, "sample", index) for index in indices],
             output_type="pt",
         ).images
     return to_bytes(images * 2 - 1)

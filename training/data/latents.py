@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm_pipeline.pipeline import normalize_latents
-from training.errors import RunError
-from training.files import read_json
+from training.config import RunError
+from training.runtime.atomic import read_json
 
 
 def encode(autoencoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -31,7 +31,7 @@ def shard_problem(path: Path, shapes: dict[str, list[int]]) -> str | None:
     return None if found == shapes else f"it holds {found}, wanted {shapes}"
 
 
-class LatentSet:
+class LatentDataset:
     """One split of the cache, ready to be drawn from.
 
     Args:

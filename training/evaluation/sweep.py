@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 from ldm_pipeline.pipeline import LDMPipeline
-from training.features import FeatureNetwork
-from training.figures import Reference
-from training.files import read_json, replacing, write_bytes, write_json
-from training.report import save_sweep
-from training.run import Run
-from training.sampling import Setting, draw_features, sample_labels, samples_folder
+from training.evaluation.features import FeatureNetwork
+from training.evaluation.metrics import Reference
+from training.evaluation.plots import save_sweep
+from training.evaluation.samples import Setting, draw_features, sample_labels, samples_folder
+from training.runtime.atomic import read_json, replacing, write_bytes, write_json
+from training.runtime.run import Run
 
 
 def sweep(

@@ -3,12 +3,12 @@
 import json
 
 from ldm_pipeline.pipeline import LDMPipeline
-from training.features import load_network, real_features
-from training.figures import Reference
-from training.files import discard
-from training.report import save_curve
-from training.run import Run
-from training.sampling import Setting, draw_features, sample_labels
+from training.evaluation.features import load_network, real_features
+from training.evaluation.metrics import Reference
+from training.evaluation.plots import save_curve
+from training.evaluation.samples import Setting, draw_features, sample_labels
+from training.runtime.atomic import discard
+from training.runtime.run import Run
 
 
 class Monitor:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from training.config import DataConfig
-from training.data import load_images
+from training.data.images import load_images
 
 
 class DigitReader(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Sampler
 
 
-def generator(device: torch.device | str, *key: int | str) -> torch.Generator:
+def seeded_generator(device: torch.device | str, *key: int | str) -> torch.Generator:
     """A generator seeded by `key`, such as (seed, "noise", step): the one place where keys become seeds."""
     digest = hashlib.sha256(json.dumps(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -17,7 +17,7 @@ def generator(device: torch.device | str, *key: int | str) -> torch.Generator:
 
 @lru_cache(maxsize=4)
 def _epoch(seed: int, epoch: int, count: int) -> torch.Tensor:
-    return torch.randperm(count, generator=generator("cpu", seed, "order", epoch))
+    return torch.randperm(count, generator=seeded_generator("cpu", seed, "order", epoch))
 
 
 def batch_indices(seed: int, step: int, batch_size: int, count: int) -> torch.Tensor:
@@ -33,7 +33,7 @@ def batch_indices(seed: int, step: int, batch_size: int, count: int) -> torch.Te
 
 def batch_flips(seed: int, step: int, batch_size: int) -> torch.Tensor:
     """Which images of the global batch of a step are mirrored: bool (batch_size,), half on average."""
-    return torch.rand(batch_size, generator=generator("cpu", seed, "flip", step)) < 0.5
+    return torch.rand(batch_size, generator=seeded_generator("cpu", seed, "flip", step)) < 0.5
 
 
 def slice_of_batch(

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from training.files import write_bytes
+from training.runtime.atomic import write_bytes
 
 GAP = 2  # pixels of the enlarged grid between two images
 

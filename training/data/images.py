@@ -16,11 +16,10 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from training import columns, sources
-from training.config import DataConfig
-from training.data_files import folders_of
-from training.errors import RunError
-from training.order import generator
+from training.config import DataConfig, RunError
+from training.data import columns, sources
+from training.data.data_files import folders_of
+from training.data.order import seeded_generator
 
 TRANSFORM_VERSION = 1  # raise it when `transform` changes: caches made with the old one are then rebuilt
 MAX_HELD_OUT = 2000
@@ -31,7 +30,7 @@ FOREIGN_FORMATS = ("EPS", "WMF")  # to decode them Pillow hands the file to Ghos
 NO_BOMBS = ("ignore", None, Image.DecompressionBombWarning, None, 0)
 
 
-class ImageSplit(torch.utils.data.Dataset):
+class ImageDataset(torch.utils.data.Dataset):
     """One split of a data set: encoded images, opened and transformed on access. Picklable.
 
     Args:
@@ -107,9 +106,9 @@ class ImageSplit(torch.utils.data.Dataset):
         """What to call the image in messages: its path if it has one, else the split and the row."""
         return printable(self._stored(index)[1] or f"{self.name}[{int(self.rows[index])}]")
 
-    def subset(self, indices: torch.Tensor) -> "ImageSplit":
+    def subset(self, indices: torch.Tensor) -> "ImageDataset":
         """The split reduced to `indices`, in their order."""
-        return ImageSplit(
+        return ImageDataset(
             self.dataset,
             self.image_column,
             self.all_labels,
@@ -161,8 +160,8 @@ def _read_file(path: str, folders: tuple[str, ...]) -> bytes:
 class ImageData:
     """The images of a run; `fingerprint` is a hash of their source, columns and transform."""
 
-    train: ImageSplit
-    held_out: ImageSplit
+    train: ImageDataset
+    held_out: ImageDataset
     id2label: dict[int, str] | None
     fingerprint: str
 
@@ -201,7 +200,7 @@ def load_images(config: DataConfig) -> ImageData:
 
 def _build_split(
     rows: Dataset, name: str, images: str, labels: str | None, names: list[str] | None, config: DataConfig
-) -> ImageSplit:
+) -> ImageDataset:
     if missing := {images, labels} - {None, *rows.column_names}:
         raise ValueError(
             f"Split {name!r} lacks the column {missing.pop()!r} of the training split; it has "
@@ -214,7 +213,7 @@ def _build_split(
         rows = rows.cast_column(images, ImageFeature(decode=False))
     rows = rows.select_columns([images]).with_format(None)  # a stored format would change what rows are
     folders = folders_of(config)
-    return ImageSplit(rows, images, numbers, name, config.resolution, config.channels, folders=folders)
+    return ImageDataset(rows, images, numbers, name, config.resolution, config.channels, folders=folders)
 
 
 def _share(count: int, config: DataConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,7 +223,7 @@ def _share(count: int, config: DataConfig) -> tuple[torch.Tensor, torch.Tensor]:
     size = min(MAX_HELD_OUT, max(1, round(count * config.held_out)))
     if size >= count:
         raise ValueError(f"{count} images are too few to hold out {size} (--data.dataset, --data.held_out)")
-    order = torch.randperm(count, generator=generator("cpu", "held out"))
+    order = torch.randperm(count, generator=seeded_generator("cpu", "held out"))
     return order[:-size].sort().values, order[-size:].sort().values
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_pipeline import pipeline
-from training.errors import RunError
+from training.config import RunError
 
 
 def passing(moment: str, path: Path) -> None:

@@ -10,9 +10,8 @@ import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 from torch import nn
 
-from training.config import LOCK, Config
-from training.errors import redact
-from training.files import clean_up, discard, write_bytes
+from training.config import LOCK, Config, redact
+from training.runtime.atomic import clean_up, discard, write_bytes
 
 # The stages in order, and what each leaves in the run folder.
 STAGES = {

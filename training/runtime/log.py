@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.config import OptimizationConfig
-from training.errors import RunError, redact
-from training.files import append_line, write_bytes
-from training.order import batch_indices
-from training.run import Run
+from training.config import OptimizationConfig, RunError, redact
+from training.data.order import batch_indices
+from training.runtime.atomic import append_line, write_bytes
+from training.runtime.run import Run
 
 MAX_SKIPPED = 5  # steps in a row whose gradient is not finite: beyond bad luck
 

@@ -8,10 +8,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from training.config import OptimizationConfig
-from training.errors import RunError
-from training.files import discard, read_json, replacing, write_json
-from training.sharding import fill, reshard, whole
+from training.config import OptimizationConfig, RunError
+from training.runtime.atomic import discard, read_json, replacing, write_json
+from training.runtime.distributed import fill, reshard, whole
 
 
 def found_checkpoints(folder: Path) -> list[Path]:

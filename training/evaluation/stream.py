@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from training.errors import RunError
-from training.files import write_tensors
-from training.run import Run
+from training.config import RunError
+from training.runtime.atomic import write_tensors
+from training.runtime.run import Run
 
 Compute = Callable[[list[range]], Iterable[dict[str, Tensor]]]
 

@@ -20,7 +20,7 @@ from huggingface_hub.utils import get_session
 from PIL import Image
 
 from training.config import DataConfig
-from training.data_files import PICKLES, check_data_files, check_inside
+from training.data.data_files import PICKLES, check_data_files, check_inside
 
 HELD_OUT_NAMES = ("test", "validation", "valid", "val", "dev", "eval", "evaluation", "testing")
 IMAGE_SUFFIXES = (

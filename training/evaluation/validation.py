@@ -9,11 +9,11 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ldm_pipeline.pipeline import Condition, LDMPipeline
-from training.latents import LatentSet, encode
-from training.objectives import denoising_errors, network_timesteps
-from training.order import generator
-from training.report import save_grid
-from training.run import Run
+from training.data.latents import LatentDataset, encode
+from training.data.order import seeded_generator
+from training.evaluation.plots import save_grid
+from training.losses.denoising import denoising_errors, network_timesteps
+from training.runtime.run import Run
 
 BINS = 8
 
@@ -87,7 +87,7 @@ def measure_reconstruction(
     return {key: (total / sums[0]).item() for key, total in zip(names, sums[1:], strict=False)}
 
 
-def validation_loss(run: Run, unet: nn.Module, objective: dict, latents: LatentSet, limit: int) -> dict:
+def validation_loss(run: Run, unet: nn.Module, objective: dict, latents: LatentDataset, limit: int) -> dict:
     """Squared error of the prediction on the first `limit` held-out images, with fixed noise and timesteps.
 
     Timesteps are uniform, whatever the training density: "val_loss" is the mean, "val_loss_by_timestep" the
@@ -95,7 +95,7 @@ def validation_loss(run: Run, unet: nn.Module, objective: dict, latents: LatentS
     """
     accelerator, device = run.accelerator, run.device
     count = min(limit, len(latents))
-    draws = generator("cpu", run.config.seed, "validation")
+    draws = seeded_generator("cpu", run.config.seed, "validation")
     noise, posterior_noise = (torch.randn(count, *latents.shape, generator=draws) for _ in range(2))
     bins = torch.arange(count) % BINS
     times = network_timesteps(
@@ -150,7 +150,7 @@ def draw_grid(
                 class_labels=labels,
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale if classes else 1.0,
-                generator=[generator(run.device, run.config.seed, "grid", index) for index in chosen],
+                generator=[seeded_generator(run.device, run.config.seed, "grid", index) for index in chosen],
                 output_type="pt",
             ).images
     images = accelerator.gather(torch.stack(images))[:count]

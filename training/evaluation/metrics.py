@@ -10,8 +10,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from training.errors import RunError
-from training.order import generator
+from training.config import RunError
+from training.data.order import seeded_generator
 
 ENOUGH = 10_000  # samples from which on a figure needs no note; also the most that manifolds are made of
 FEWEST = 10
@@ -171,7 +171,7 @@ class Reference:
         for name, (value, deviation) in pairs.items():
             found |= {label(name, count): value, f"{label(name, count)} deviation": deviation}
         number = min(count, len(self.real["features"]), ENOUGH)
-        order = torch.randperm(len(self.real["features"]), generator=generator("cpu", "manifold"))
+        order = torch.randperm(len(self.real["features"]), generator=seeded_generator("cpu", "manifold"))
         some = self.real["features"][order[:number]]
         manifold = manifold_figures(some, features[:number], self.device)
         found |= {label(name, number): value for name, value in manifold.items()}

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from training.data import ImageData, ImageSplit, reason_of, transform
+from training.data.images import ImageData, ImageDataset, reason_of, transform
 
 FEW_IMAGES = 1000  # below, networks of any use here reproduce their training images
 BAR_FROM = 5000  # images worth a progress bar
@@ -63,7 +63,7 @@ def _listing(counts: dict[str, int], most: int = 10) -> str:
 class _Inspection(torch.utils.data.Dataset):
     """Every image of a split as its ((width, height), mode), or the reason why it cannot be used."""
 
-    def __init__(self, split: ImageSplit):
+    def __init__(self, split: ImageDataset):
         self.split = split
 
     def __len__(self) -> int:
