@@ -154,7 +154,7 @@ def test_a_sweep_in_another_batch_size_and_the_best_of_it(straight, tiny_run, tm
         ("no/such/network", "gives no network"),
         ("os:getcwd", "gives no network"),
         ("tests.test_evaluation:Whole", "returns .*features.*2, 3, 32, 32"),
-        ("inception", r"pip install 'ldm-pipeline\[fid\]'"),
+        ("inception", r"pip install -e '.\[fid\]'"),
     ],
 )
 def test_what_is_no_network_is_refused_with_what_is(spec, message):

@@ -93,7 +93,7 @@ def test_another_configuration_is_refused_with_the_difference(tiny_run):
         ),
         (["--denoiser.max_stps", "4"], "did you mean denoiser.max_steps"),
         (["--autoencoder.gan_weight", "1"], "the discriminator would never start"),
-        (["--autoencoder.lpips_weight", "1"], "ldm-pipeline[lpips]"),
+        (["--autoencoder.lpips_weight", "1"], "pip install -e '.[lpips]'"),
         (["--autoencoder.pretrained", "no/such/autoencoder"], "--autoencoder.pretrained"),
     ],
 )

@@ -329,7 +329,9 @@ def check_config(config: Config) -> None:
         _check_losses(config.autoencoder, config.data.resolution)
     _check_schedule("denoiser", config.denoiser)
     if config.evaluation.lpips and find_spec("lpips") is None:
-        raise RunError('--evaluation.lpips needs the package lpips: pip install "ldm-pipeline[lpips]"')
+        raise RunError(
+            "--evaluation.lpips needs the package lpips: pip install -e '.[lpips]' in the checkout"
+        )
     if config.evaluation.save_best and config.evaluation.pipeline:
         raise RunError(
             "--evaluation.save_best writes into a run's own pipeline: leave out --evaluation.pipeline"
@@ -382,7 +384,7 @@ def _check_losses(stage: AutoencoderConfig, resolution: int) -> None:
     if stage.lpips_weight and find_spec("lpips") is None:
         raise RunError(
             f"--autoencoder.lpips_weight {stage.lpips_weight} needs the package lpips: "
-            'pip install "ldm-pipeline[lpips]", or set the weight to 0'
+            "pip install -e '.[lpips]' in the checkout, or set the weight to 0"
         )
     smallest = resolution // 2 if stage.equivariance else resolution
     if stage.lpips_weight and smallest < LPIPS_SMALLEST:

@@ -104,8 +104,8 @@ def _inception() -> FeatureNetwork:
     if missing := [name for name in ("torch_fidelity", "torchvision") if find_spec(name) is None]:
         raise RunError(
             f"--evaluation.features inception needs {' and '.join(missing)}: "
-            "pip install 'ldm-pipeline[fid]'. Or choose another network, or --evaluation.num_samples 0 to "
-            f"leave out the figures of samples.\n{KINDS}"
+            "pip install -e '.[fid]' in the checkout. Or choose another network, or "
+            f"--evaluation.num_samples 0 to leave out the figures of samples.\n{KINDS}"
         )
     from torchmetrics.image.fid import NoTrainInceptionV3  # here, because it is an extra
 

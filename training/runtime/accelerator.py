@@ -33,7 +33,8 @@ def build_accelerator(config: Config) -> Accelerator:
         torch.set_flush_denormal(True)
     if missing := [name for name in config.trackers if find_spec(name) is None]:
         state.print(
-            f"not installed, so without them: {', '.join(missing)} (pip install 'ldm-pipeline[trackers]')"
+            f"not installed, so without them: {', '.join(missing)} "
+            "(pip install -e '.[trackers]' in the checkout)"
         )
     accelerator = Accelerator(
         cpu=cpu,
