@@ -64,6 +64,9 @@ class DataConfig:
     """Train on mirrored images too. Off where left and right mean something (digits, text)."""
     num_workers: int = 0
     """Processes that decode images. 0 decodes in the training process."""
+    scan: Literal["full", "sample"] = "full"
+    """Images that are decoded before the first step, to report and leave out unreadable ones: all, or a
+    sample of a few thousand. May change between a run and its continuation."""
 
 
 @dataclass

@@ -29,6 +29,7 @@ FREE = {
     "max_grad_norm",
     "compile",
     "num_workers",
+    "scan",
 }
 FREE |= {"gradient_accumulation_steps", "log_every", "validate_every", "sample_every", "checkpoint_every"}
 FREE |= {"keep_checkpoints", "keep_every", "sample_steps", "guidance_scale", "resident"}
