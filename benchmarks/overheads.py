@@ -20,7 +20,7 @@ from ldm_pipeline.pipeline import Condition, denoise, denormalize_latents, set_l
 from training.config import parse_config
 from training.data.latents import LatentDataset
 from training.losses.denoising import DenoisingLoss
-from training.networks import latent_shape_of, new_autoencoder, new_denoiser
+from training.networks import new_autoencoder, new_denoiser
 from training.runtime.atomic import write_json
 from training.runtime.optimization import build_optimizer
 from training.runtime.run import Run, start
@@ -72,9 +72,9 @@ def random_run(config_path: str, folder: Path, steps: int) -> Run:
         *never,
         *length,
     ]
-    run = start(["denoiser"], options)
+    run = start(parse_config(options), ["denoiser"])
     autoencoder = new_autoencoder(run.config)
-    shape, channels = latent_shape_of(autoencoder, run.config), run.config.autoencoder.latent_channels
+    shape, channels = run.latent_shape, run.config.autoencoder.latent_channels
     set_latent_statistics(autoencoder, [0.0] * channels, [1.0] * channels)
     autoencoder.save_pretrained(folder / "autoencoder")
     (folder / "latents").mkdir()
@@ -200,7 +200,7 @@ def main():
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = random_run(options.config, Path(folder) / "run", options.steps)
-        shape = latent_shape_of(new_autoencoder(run.config), run.config)
+        shape = run.latent_shape
         ratios = {
             "training step of the loop / bare forward, backward, optimizer step": loop_against_bare(
                 run, shape, options.rounds

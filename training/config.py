@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -486,11 +487,14 @@ def _parser() -> _Parser:
     return parser
 
 
-def parse_config(argv: list[str] | None = None) -> Config:
+def parse_config(argv: list[str] | None = None, stages: Sequence[str] | None = None) -> Config:
     """The checked configuration of the command line (by default the process's own).
 
     Without `--config` it starts from `training/configs/cifar10.yaml`. Prints the resolved run and exits for
     `--print_config`; exits with code 2 and a message for what is unknown or of a wrong type.
+
+    Args:
+        stages: what this script does; it cannot do others again. Default: all.
 
     Raises:
         RunError: for values out of range, or that cannot work together.
@@ -508,6 +512,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
         own = (file.parent / LOCK).exists()  # the configuration that a run folder keeps means that run
         config.output_dir = str(file.parent) if own else f"runs/{file.stem}"
     check_config(config)
+    if stages and (unknown := set(config.redo) - set(stages)):
+        raise RunError(f"--redo {sorted(unknown)}: this script does {', '.join(stages)}; use train_ldm.py")
     return config
 
 

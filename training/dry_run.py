@@ -11,7 +11,7 @@ from training.data.order import batch_flips, batch_indices
 from training.evaluation.plots import save_grid
 from training.losses.autoencoder import AutoencoderLoss
 from training.losses.denoising import DenoisingLoss
-from training.networks import check_shapes, new_autoencoder, new_denoiser
+from training.networks import new_autoencoder, new_denoiser
 from training.runtime.ema import EMA
 from training.runtime.optimization import build_optimizer
 from training.runtime.run import Run
@@ -24,8 +24,7 @@ def describe_plan(run: Run) -> str:
 
     What LPIPS, a discriminator, compilation, validation and pictures add is not in it.
     """
-    config = run.config
-    _, shape = check_shapes(config, run.accelerator.num_processes)
+    config, shape = run.config, run.latent_shape
     lines = [f"latents: {shape[0]} channels of {shape[1]}x{shape[2]}"]
     if not config.autoencoder.pretrained:
         lines.append(_measure(run, "autoencoder", config.autoencoder, shape))
@@ -95,8 +94,8 @@ def _time_step(
     return min(step() for _ in range(3)), sum(kept.values())
 
 
-def draw_data(run: Run) -> str:
-    """Draw the first images of the first epoch as the networks will see them; says where."""
+def save_data_grid(run: Run) -> str:
+    """Write a grid of the first images of the first epoch as the networks will see them; returns a line."""
     path, seed, data = run.folder / "samples" / "data.png", run.config.seed, run.data.train
     if run.accelerator.is_main_process:
         count = min(64, len(data))

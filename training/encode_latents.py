@@ -1,5 +1,10 @@
 """Stage 2: encode every image and its mirror image into posterior moments on disk; measure statistics."""
 
+if __name__ == "__main__":  # first, so that a typo is answered before torch is imported
+    from training.config import parse_config
+
+    CONFIG = parse_config(stages=["latents"])
+
 import time
 from pathlib import Path
 
@@ -15,22 +20,32 @@ from ldm_pipeline.models import load_autoencoder
 from ldm_pipeline.pipeline import set_latent_statistics
 from training.config import RunError
 from training.data.latents import encode, shard_problem
-from training.networks import latent_shape_of
 from training.runtime.atomic import discard, file_sha256, read_json, write_bytes, write_json, write_tensors
 from training.runtime.run import Run
 from training.runtime.signals import leave_signals_to_parent
-from training.stages import main
+
+
+def latents_stand(run: Run) -> str | None:
+    """Skip rule: every shard of the cache is whole and belongs to the present cache key."""
+    run.require(run.folder / "autoencoder" / "done.json", "train_autoencoder.py")
+    folder = run.folder / "latents"
+    if not run.done("latents") or not (folder / "manifest.json").exists():
+        return None
+    if _stored_key(folder) != cache_key(run):
+        return None
+    shards = _plan_shards(run, load_autoencoder(run.folder / "autoencoder"))
+    if any(shard_problem(folder / name, shapes) for name, shapes in shards.items()):
+        return None
+    return f"{folder} stands"
 
 
 def encode_latents(run: Run) -> None:
     """Leave `latents/` in the run folder, and the statistics of the latents in the autoencoder's config."""
     folder = run.folder / "latents"
-    run.require(run.folder / "autoencoder" / "done.json", "train_autoencoder.py")
     key = cache_key(run)
     autoencoder = load_autoencoder(run.folder / "autoencoder")
-    plan = {split: _plan_shards(run, autoencoder, split) for split in ("train", "held_out")}
-    if not _open_cache(run, folder, key, plan):
-        return
+    plan = {split: _plan_split(run, autoencoder, split) for split in ("train", "held_out")}
+    _open_cache(run, folder, key, _plan_shards(run, autoencoder))
     begun = time.perf_counter()
     autoencoder.to(run.device).eval()
     for split, shards in plan.items():
@@ -46,7 +61,7 @@ def encode_latents(run: Run) -> None:
             )
         set_latent_statistics(autoencoder, mean.tolist(), std.tolist())
         write_bytes(run.folder / "autoencoder" / CONFIG_NAME, autoencoder.to_json_string().encode())
-        shape = latent_shape_of(autoencoder, run.config)
+        shape = run.latent_shape
         shards = {split: list(each) for split, each in plan.items()}
         write_json(folder / "manifest.json", {"key": key, "shape": list(shape), **shards})
     run.finish("latents", {"seconds": time.perf_counter() - begun})
@@ -61,10 +76,20 @@ def cache_key(run: Run) -> dict:
     }
 
 
-def _plan_shards(run: Run, autoencoder: nn.Module, split: str) -> dict[str, dict[str, list[int]]]:
+def _stored_key(folder: Path) -> dict | None:
+    path = folder / "key.json"
+    return read_json(path) if path.exists() else None
+
+
+def _plan_shards(run: Run, autoencoder: nn.Module) -> dict[str, dict[str, list[int]]]:
+    """All shards of the cache by file name: the shape of every tensor in them."""
+    return _plan_split(run, autoencoder, "train") | _plan_split(run, autoencoder, "held_out")
+
+
+def _plan_split(run: Run, autoencoder: nn.Module, split: str) -> dict[str, dict[str, list[int]]]:
     """The shards of a split by file name: the shape of every tensor in it."""
     images, size = getattr(run.data, split), run.config.latents.shard_size
-    latents = [2 if run.config.data.horizontal_flip else 1, *latent_shape_of(autoencoder, run.config)]
+    latents = [2 if run.config.data.horizontal_flip else 1, *run.latent_shape]
     plan = {}
     for number, first in enumerate(range(0, len(images), size)):
         count = min(size, len(images) - first)
@@ -77,17 +102,9 @@ def _plan_shards(run: Run, autoencoder: nn.Module, split: str) -> dict[str, dict
     return plan
 
 
-def _open_cache(run: Run, folder: Path, key: dict, plan: dict) -> bool:
-    """Whether there is anything to encode; drops what belongs to another key, and damaged shards."""
-    stored, manifest = folder / "key.json", folder / "manifest.json"
-    before = read_json(stored) if stored.exists() else None
-    expected = {name: shapes for shards in plan.values() for name, shapes in shards.items()}
-    present = {name: shapes for name, shapes in expected.items() if (folder / name).exists()}
-    damaged = {name: why for name, shapes in present.items() if (why := shard_problem(folder / name, shapes))}
-    finished = run.done("latents") and manifest.exists() and len(present) == len(expected)
-    if before == key and finished and not damaged:
-        run.print(f"latents: {folder} stands")
-        return False
+def _open_cache(run: Run, folder: Path, key: dict, shards: dict[str, dict[str, list[int]]]) -> None:
+    """Make room for the shards: drop a cache of another key, and damaged shards of this one."""
+    before = _stored_key(folder)
     run.accelerator.wait_for_everyone()  # every process has looked before one changes anything
     if run.accelerator.is_main_process:
         if before != key and folder.exists():
@@ -95,13 +112,13 @@ def _open_cache(run: Run, folder: Path, key: dict, plan: dict) -> bool:
             run.print(f"latents: encoded again, because these changed: {', '.join(changed)}")
             discard(folder)
         folder.mkdir(exist_ok=True)
-        write_json(stored, key)
-        manifest.unlink(missing_ok=True)
-        for name, why in damaged.items() if before == key else ():
-            run.print(f"latents: {name} is encoded again: {why}")
-            discard(folder / name)
+        write_json(folder / "key.json", key)
+        (folder / "manifest.json").unlink(missing_ok=True)
+        for name, shapes in shards.items():
+            if (folder / name).exists() and (problem := shard_problem(folder / name, shapes)):
+                run.print(f"latents: {name} is encoded again: {problem}")
+                discard(folder / name)
     run.accelerator.wait_for_everyone()
-    return True
 
 
 def _encode_split(run: Run, autoencoder: nn.Module, folder: Path, split: str, shards: dict) -> None:
@@ -163,4 +180,6 @@ def _short(values: Tensor) -> str:
 
 
 if __name__ == "__main__":
-    main(latents=encode_latents)
+    from training.stages import Stage, run_stages
+
+    run_stages(CONFIG, Stage("latents", encode_latents, latents_stand))

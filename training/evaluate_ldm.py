@@ -1,5 +1,10 @@
 """Stage 4: figures and pictures of a finished model, and how they were measured."""
 
+if __name__ == "__main__":  # first, so that a typo is answered before torch is imported
+    from training.config import parse_config
+
+    CONFIG = parse_config(stages=["evaluation"])
+
 import hashlib
 import json
 import platform
@@ -41,23 +46,32 @@ from training.evaluation.validation import (
 from training.runtime.accelerator import cpu_capabilities
 from training.runtime.atomic import read_json, write_json
 from training.runtime.run import Run
-from training.stages import main
+
+
+def evaluation_stands(run: Run) -> str | None:
+    """Skip rule: metrics.json is of the present weights, images and settings."""
+    path = run.folder / "metrics.json"
+    if path.exists() and read_json(path).get("key") == evaluation_key(run, open_pipeline(run)):
+        return f"{path} stands"
+    return None
+
+
+def evaluation_key(run: Run, pipeline: LDMPipeline) -> dict:
+    """The cache key of an evaluation."""
+    return {
+        "weights": weights_of(pipeline),
+        "data": run.data.fingerprint,
+        "evaluation": asdict(run.config.evaluation),
+        "settings": [setting.describe() for setting in settings_of(run, pipeline)],
+    }
 
 
 def evaluate(run: Run) -> None:
     """Leave `metrics.json` and the final grids in the run folder, and `sweep/` of several settings."""
     config, path = run.config.evaluation, run.folder / "metrics.json"
     pipeline = open_pipeline(run)
-    weights, settings = weights_of(pipeline), settings_of(run, pipeline)
-    key = {
-        "weights": weights,
-        "data": run.data.fingerprint,
-        "evaluation": asdict(config),
-        "settings": [setting.describe() for setting in settings],
-    }
-    if path.exists() and read_json(path).get("key") == key:
-        run.print(f"evaluation: {path} stands; --redo '[evaluation]' measures again")
-        return
+    key, settings = evaluation_key(run, pipeline), settings_of(run, pipeline)
+    weights = key["weights"]
     network = load_network(config.features) if config.num_samples else None
     figures = {"reconstruction": reconstruction_figures(run, pipeline.vae, network)}
     if config.pipeline is None:
@@ -274,4 +288,6 @@ def summary(run: Run) -> str:
 
 
 if __name__ == "__main__":
-    main(evaluation=evaluate)
+    from training.stages import Stage, run_stages
+
+    run_stages(CONFIG, Stage("evaluation", evaluate, evaluation_stands))

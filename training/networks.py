@@ -1,16 +1,24 @@
-"""The networks that a configuration describes, and whether they fit the data and each other."""
+"""The networks of a configuration, and whether they fit the images and each other."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, UNet2DModel
-from torch import nn
 
 from ldm_pipeline.models import build_autoencoder, build_unet, load_autoencoder
+from ldm_pipeline.pipeline import Condition, denoise
 from training.config import Config, OptimizationConfig, RunError
 from training.data.images import ImageData
+from training.data.latents import encode
+
+AUTOENCODERS = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderDC)}
+SMALLEST = 4  # height and width of latents that a diffusion model can still arrange
 
 
 def new_autoencoder(config: Config) -> AutoencoderKL | AutoencoderDC:
-    """The untrained autoencoder; the same weights for the same seed."""
+    """The untrained autoencoder; equal seeds give equal weights."""
     torch.manual_seed(config.seed)
     stage, data = config.autoencoder, config.data
     return build_autoencoder(
@@ -18,16 +26,14 @@ def new_autoencoder(config: Config) -> AutoencoderKL | AutoencoderDC:
     )
 
 
-def new_denoiser(config: Config, data: ImageData, latent_shape: tuple[int, int, int]) -> UNet2DModel:
-    """The untrained U-Net of latents `latent_shape` = (channels, height, width); same seed, same weights."""
+def new_denoiser(config: Config, data: ImageData | None, latent_shape: tuple[int, int, int]) -> UNet2DModel:
+    """The untrained U-Net of latents `latent_shape` = (C, h, w); equal seeds give equal weights.
+
+    It has the classes of `data`, unless there are none or `--denoiser.class_conditional false`.
+    """
     torch.manual_seed(config.seed + 1)
     stage = config.denoiser
-    labelled = data.id2label is not None if stage.class_conditional is None else stage.class_conditional
-    return _new_unet(config, latent_shape, len(data.id2label) if labelled else None)
-
-
-def _new_unet(config: Config, latent_shape: tuple[int, int, int], num_classes: int | None) -> UNet2DModel:
-    stage = config.denoiser
+    labelled = data is not None and data.id2label is not None and stage.class_conditional is not False
     return build_unet(
         latent_shape[1:],
         latent_shape[0],
@@ -37,107 +43,116 @@ def _new_unet(config: Config, latent_shape: tuple[int, int, int], num_classes: i
         stage.attention_head_dim,
         stage.norm_groups,
         stage.dropout,
-        num_classes,
+        len(data.id2label) if labelled else None,
     )
 
 
-def check_networks(
-    config: Config, data: ImageData, autoencoder: nn.Module, shape: tuple[int, int, int]
-) -> tuple[nn.Module, UNet2DModel]:
-    """Whether the data fit the networks; after `check_shapes`, which returns the autoencoder and `shape`.
+def pretrained_autoencoder(config: Config) -> AutoencoderKL | AutoencoderDC:
+    """The autoencoder of `--autoencoder.pretrained`. RunError if it cannot be loaded."""
+    source = config.autoencoder.pretrained
+    try:
+        return load_autoencoder(source)
+    except (OSError, ValueError) as error:
+        raise RunError(f"--autoencoder.pretrained {source} cannot be loaded: {error}") from error
+
+
+def check_networks(config: Config, num_processes: int) -> tuple[AutoencoderKL | AutoencoderDC, UNet2DModel]:
+    """Build both networks on the meta device and pass an image through, before any data is read.
 
     Returns:
-        Autoencoder and denoiser (on the meta device).
+        Autoencoder and denoiser (of no classes) without memory for their weights.
 
     Raises:
-        RunError: with what was found, what is wanted and the option that changes it.
+        RunError: they do not fit each other, the resolution or the number of processes.
     """
+    for name, stage in trained_stages(config).items():
+        parts = num_processes * stage.gradient_accumulation_steps
+        if stage.batch_size % parts:
+            raise RunError(
+                f"--{name}.batch_size {stage.batch_size} is no multiple of {parts}, which is {num_processes} "
+                f"processes x --{name}.gradient_accumulation_steps {stage.gradient_accumulation_steps}"
+            )
+    size, stage = config.data.resolution, config.autoencoder
+    with torch.device("meta"), torch.no_grad():
+        images = torch.zeros(1, config.data.channels, size, size)
+        with _naming_options(config, "autoencoder", "kind widths blocks latent_channels equivariance"):
+            autoencoder = _planned_autoencoder(config)
+            latents = encode(autoencoder, images)[0]
+            _expect(autoencoder.decode(latents).sample, images)
+            if stage.equivariance and not stage.pretrained:
+                _expect(autoencoder.decode(latents[..., ::2, ::2]).sample, images[..., ::2, ::2])
+        factor, side = size // latents.shape[-1], min(latents.shape[-2:])
+        if side < SMALLEST or (factor >= 8 and size <= 32):
+            raise RunError(
+                f"the autoencoder downsamples by {factor}, which leaves {_size(latents)} latents of "
+                f"{size}-pixel images, too few to diffuse: use fewer --autoencoder.widths or a larger "
+                "--data.resolution"
+            )
+        with _naming_options(config, "denoiser", "widths attention attention_head_dim norm_groups"):
+            denoiser = new_denoiser(config, None, tuple(latents.shape[1:]))
+            _expect(denoise(denoiser, latents, torch.zeros(1), Condition.null(denoiser, 1)), latents)
+    return autoencoder, denoiser
+
+
+@contextmanager
+def _naming_options(config: Config, section: str, names: str) -> Iterator[None]:
+    """Turn whatever Diffusers' networks raise at numbers that do not fit into a RunError with the options."""
+    try:
+        yield
+    except RunError:
+        raise
+    except (ValueError, RuntimeError, AssertionError, TypeError, IndexError, ZeroDivisionError) as error:
+        options = [f"--{section}.{name} {getattr(getattr(config, section), name)}" for name in names.split()]
+        if config.autoencoder.pretrained and section == "autoencoder":
+            options = [f"--autoencoder.pretrained {config.autoencoder.pretrained}"]
+        raise RunError(
+            f"the {section} cannot be built: {error}. Its options: {', '.join(options)}; "
+            f"--data.resolution {config.data.resolution}, --data.channels {config.data.channels}"
+        ) from error
+
+
+def _expect(result: torch.Tensor, wanted: torch.Tensor) -> None:
+    if result.shape != wanted.shape:
+        raise ValueError(
+            f"{_size(wanted)} comes back as {_size(result)}: it must be halved without a rest at every level"
+        )
+
+
+def _planned_autoencoder(config: Config) -> AutoencoderKL | AutoencoderDC:
+    """The autoencoder without weights: of the run folder, of `--autoencoder.pretrained`, or a new one."""
+    if not config.autoencoder.pretrained:
+        return new_autoencoder(config)
+    own = Path(config.output_dir) / "autoencoder"
+    stands = (own / "done.json").exists() and "autoencoder" not in config.redo
+    source = own if stands else config.autoencoder.pretrained
+    try:
+        described = AutoencoderKL.load_config(source)
+    except (OSError, ValueError) as error:
+        raise RunError(f"--autoencoder.pretrained {source} cannot be loaded: {error}") from error
+    if (kind := described.get("_class_name")) not in AUTOENCODERS:
+        raise RunError(f"--autoencoder.pretrained {source} is a {kind}, wanted {' or '.join(AUTOENCODERS)}")
+    return AUTOENCODERS[kind].from_config(described)
+
+
+def _size(images: torch.Tensor) -> str:
+    return "x".join(map(str, images.shape[-2:]))
+
+
+def check_data(config: Config, data: ImageData) -> None:
+    """RunError where the images are too few for a batch, or lack the labels that were asked for."""
     if config.denoiser.class_conditional and data.id2label is None:
-        raise RunError("--denoiser.class_conditional true, but the data has no labels: name them with "
-                       "--data.label_column, or set it to false")  # fmt: skip
-    for name, stage in _trained(config).items():
+        raise RunError(
+            "--denoiser.class_conditional true, but the data has no labels: name them with "
+            "--data.label_column, or set it to false"
+        )
+    for name, stage in trained_stages(config).items():
         if stage.batch_size > len(data.train):
             raise RunError(
                 f"--{name}.batch_size {stage.batch_size} is more than the {len(data.train)} training images"
             )
-    with torch.device("meta"):
-        return autoencoder, new_denoiser(config, data, shape)
 
 
-def check_shapes(
-    config: Config, num_processes: int
-) -> tuple[AutoencoderKL | AutoencoderDC, tuple[int, int, int]]:
-    """Build both networks without memory, so that what does not fit is found before the first step and before
-    the data are read.
-
-    Returns:
-        The autoencoder (on the meta device, unless it exists already) and the shape of its latents.
-
-    Raises:
-        RunError: with what was found, what is wanted and the option that changes it.
-    """
-    for name, stage in _trained(config).items():
-        if stage.batch_size % (num_processes * stage.gradient_accumulation_steps):
-            raise RunError(
-                f"--{name}.batch_size {stage.batch_size} is no multiple of {num_processes} processes x "
-                f"--{name}.gradient_accumulation_steps {stage.gradient_accumulation_steps}"
-            )
-    try:
-        with torch.device("meta"):
-            autoencoder = _existing(config) if config.autoencoder.pretrained else new_autoencoder(config)
-            shape = latent_shape_of(autoencoder, config)
-            _new_unet(config, shape, num_classes=None)
-    except ValueError as error:
-        raise RunError(str(error)) from error
-    return autoencoder, shape
-
-
-def _trained(config: Config) -> dict[str, OptimizationConfig]:
-    """The stages that will be trained."""
+def trained_stages(config: Config) -> dict[str, OptimizationConfig]:
+    """The stages that will train a network, by name."""
     stages = {"autoencoder": config.autoencoder, "denoiser": config.denoiser}
     return {"denoiser": config.denoiser} if config.autoencoder.pretrained else stages
-
-
-def latent_shape_of(autoencoder: AutoencoderKL | AutoencoderDC, config: Config) -> tuple[int, int, int]:
-    """Channels, height and width of the latents of the run's images.
-
-    Raises:
-        RunError: if the resolution cannot be halved as often as autoencoder and denoiser do.
-    """
-    described = autoencoder.config
-    widths = described.get("block_out_channels") or described.get("encoder_block_out_channels")
-    factor, halvings = 2 ** (len(widths) - 1), 2 ** (len(config.denoiser.widths) - 1)
-    resolution = config.data.resolution
-    if resolution % (factor * halvings):
-        raise RunError(
-            f"--data.resolution {resolution} is no multiple of {factor * halvings}: the autoencoder "
-            f"downsamples by {factor} (--autoencoder.widths) and the denoiser by {halvings} "
-            "(--denoiser.widths)"
-        )
-    trained = not config.autoencoder.pretrained
-    if trained and config.autoencoder.equivariance and resolution // factor % 2:
-        raise RunError(
-            f"--autoencoder.equivariance halves latents, and {resolution // factor} is odd: set it to 0 or "
-            "change --data.resolution"
-        )
-    if resolution < 4 * factor or (factor >= 8 and resolution <= 32):
-        raise RunError(
-            f"the autoencoder downsamples by {factor}, which leaves "
-            f"{resolution // factor}x{resolution // factor} latents of {resolution}-pixel images, too few to "
-            "diffuse: use fewer --autoencoder.widths or a larger --data.resolution"
-        )
-    return described.latent_channels, resolution // factor, resolution // factor
-
-
-def _existing(config: Config) -> AutoencoderKL | AutoencoderDC:
-    source, channels = config.autoencoder.pretrained, config.data.channels
-    try:
-        autoencoder = load_autoencoder(source)
-    except Exception as error:  # somebody else's files: a torn config.json raises almost anything
-        raise RunError(f"--autoencoder.pretrained {source} cannot be loaded: {error}") from error
-    if autoencoder.config.in_channels != channels:
-        raise RunError(
-            f"--autoencoder.pretrained {source} takes {autoencoder.config.in_channels} channels, "
-            f"--data.channels is {channels}"
-        )
-    return autoencoder

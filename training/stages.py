@@ -1,74 +1,92 @@
-"""How every script runs its stages."""
+"""The stages of a job in their order: which are skipped, and how a run ends."""
 
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
-from training.config import RunError
-from training.dry_run import describe_plan, draw_data
-from training.evaluation.features import load_network
+from training.config import Config, RunError, redact
+from training.dry_run import describe_plan, save_data_grid
 from training.runtime.checkpoints import found_checkpoints
 from training.runtime.folder import close_folder
-from training.runtime.run import Run, fail, start
+from training.runtime.run import Run, start
 from training.runtime.signals import EXIT_CODE, Interrupted
 
 
-def main(**stages: Callable[[Run], None]) -> Run | None:
-    """Run the stages in order after all checks; under `--dry_run` only say and draw what they would do.
+@dataclass(frozen=True)
+class Stage:
+    """One part of the job.
 
-    Exits with code 2 and a message for what the user can mend, and with 75 after SIGTERM or SIGINT, when all
-    is saved.
+    Args:
+        name: section of the configuration, folder below the run folder and value of `--redo`.
+        work: does it, and leaves its result in the run folder.
+        stands: the skip rule; returns the line to print where the result is there already, else None.
     """
-    run = start(list(stages))
-    check_features(run, list(stages))
-    if run.config.dry_run:
-        run.print(describe_plan(run))
-        run.print(draw_data(run))
-        return None
-    for name, stage in stages.items():
-        try:
-            run.interruption.check()
-            stage(run)
-        except torch.OutOfMemoryError as error:
-            section = getattr(run.config, name)
-            raised = f"raise --{name}.gradient_accumulation_steps, " if hasattr(section, "max_steps") else ""
-            fail(
-                RunError(
-                    f"out of memory in stage {name} ({error}): {raised}lower --{name}.batch_size, or set "
-                    f"--latents.resident disk\n{last_good(run, name)}"
-                )
-            )
-        except RunError as error:
-            fail(RunError(f"{error}\nStage {name} has stopped; {last_good(run, name)}"))
-        except Interrupted:
-            run.print(f"stopped in stage {name}; {last_good(run, name)}")
-            sys.exit(EXIT_CODE)
+
+    name: str
+    work: Callable[[Run], None]
+    stands: Callable[[Run], str | None]
+
+
+def run_stages(config: Config, *stages: Stage) -> Run | None:
+    """Run the stages in order after all checks; under `--dry_run` print and draw the plan and return None.
+
+    Exits with code 2 and a message for what the user can mend, and with 75 after SIGTERM or SIGINT, when
+    everything is saved.
+    """
+    try:
+        run = start(config, [stage.name for stage in stages])
+        if config.dry_run:
+            run.print(describe_plan(run))
+            run.print(save_data_grid(run))
+            return None
+        for stage in stages:
+            run_stage(run, stage)
+    except RunError as error:
+        fail(error)
     if run.accelerator.is_main_process:
         close_folder(run.folder)
     run.accelerator.end_training()
     return run
 
 
-def check_features(run: Run, stages: list[str]) -> None:
-    """Load the network of the figures before anything else costs time, if a stage will need it."""
-    config = run.config
-    if not (
-        ("evaluation" in stages and config.evaluation.num_samples)
-        or ("denoiser" in stages and config.denoiser.evaluate_every)
-    ):
-        return
+def run_stage(run: Run, stage: Stage) -> None:
+    """Run one stage unless its result stands. RunError says where the run can go on from."""
     try:
-        with run.accelerator.main_process_first():  # one downloads
-            load_network(config.evaluation.features)
+        run.interruption.check()
+        if line := stage.stands(run):
+            run.print(f"{stage.name}: {line}; --redo '[{stage.name}]' does it again")
+        else:
+            stage.work(run)
+    except torch.OutOfMemoryError as error:
+        trained = hasattr(getattr(run.config, stage.name), "gradient_accumulation_steps")
+        accumulate = f"raise --{stage.name}.gradient_accumulation_steps, " if trained else ""
+        raise RunError(
+            f"out of memory in stage {stage.name} ({error}): {accumulate}lower --{stage.name}.batch_size, or "
+            f"set --latents.resident disk\n{continuation(run, stage)}"
+        ) from error
     except RunError as error:
-        fail(error)
+        raise RunError(f"{error}\nStage {stage.name} has stopped; {continuation(run, stage)}") from error
+    except Interrupted:
+        run.print(f"stopped in stage {stage.name}; {continuation(run, stage)}")
+        sys.exit(EXIT_CODE)
 
 
-def last_good(run: Run, stage: str) -> str:
-    """Where a stage's state is, from which the same command continues."""
-    found = found_checkpoints(run.folder / stage)
-    state = f"its last good state is {found[-1]}" if found else "it has no checkpoint yet"
-    if stage in ("latents", "evaluation"):
+def continuation(run: Run, stage: Stage) -> str:
+    """The state that the same command continues from, in words."""
+    checkpoints = found_checkpoints(run.folder / stage.name)
+    state = f"its last good state is {checkpoints[-1]}" if checkpoints else "it has no checkpoint yet"
+    if stage.name in ("latents", "evaluation"):
         state = "what is done is kept"
     return f"{state}. The same command goes on from there."
+
+
+def fail(error: RunError) -> NoReturn:
+    """Exit with code 2 and the message alone; with several processes it names the rank."""
+    sys.stdout.flush()
+    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    print(f"{rank}error: {redact(str(error))}", file=sys.stderr, flush=True)
+    sys.exit(2)

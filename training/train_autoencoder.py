@@ -1,5 +1,10 @@
 """Stage 1: train the autoencoder, or take an existing one."""
 
+if __name__ == "__main__":  # first, so that a typo is answered before torch is imported
+    from training.config import parse_config
+
+    CONFIG = parse_config(stages=["autoencoder"])
+
 from contextlib import nullcontext
 
 import torch
@@ -7,7 +12,6 @@ from accelerate.utils import DistributedType
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch.utils.data import DataLoader
 
-from ldm_pipeline.models import load_autoencoder
 from training.config import RunError
 from training.data.order import StepSampler, seeded_generator, slice_of_batch
 from training.evaluation.validation import measure_reconstruction
@@ -20,7 +24,7 @@ from training.losses.autoencoder import (
     last_layer,
     perceptual_distance,
 )
-from training.networks import latent_shape_of, new_autoencoder
+from training.networks import new_autoencoder, pretrained_autoencoder
 from training.runtime.atomic import write_bytes, write_tensors
 from training.runtime.checkpoints import Checkpoints
 from training.runtime.ema import EMA
@@ -28,19 +32,23 @@ from training.runtime.log import RunLog
 from training.runtime.optimization import build_optimizer, nan_if_nonfinite, optimizer_step
 from training.runtime.run import Run
 from training.runtime.signals import Interrupted, leave_signals_to_parent
-from training.stages import main
+
+
+def autoencoder_stands(run: Run) -> str | None:
+    """Skip rule: an autoencoder was trained for `max_steps`, or taken from `pretrained`."""
+    done, config = run.done("autoencoder"), run.config.autoencoder
+    if done and (config.pretrained or done["steps"] >= config.max_steps):
+        return f"{run.folder / 'autoencoder'} stands"
+    return None
 
 
 def train_autoencoder(run: Run) -> None:
     """Leave `autoencoder/` in the run folder: a stock Diffusers autoencoder with averaged weights."""
     config, data, accelerator = run.config.autoencoder, run.config.data, run.accelerator
     folder = run.folder / "autoencoder"
-    done = run.done("autoencoder")
-    if done and (config.pretrained or done["steps"] >= config.max_steps):
-        run.print(f"autoencoder: {folder} stands; --redo '[autoencoder]' does it again")
-        return
     if config.pretrained:
-        save_autoencoder(run, load_autoencoder(config.pretrained))
+        with accelerator.main_process_first():  # one downloads
+            save_autoencoder(run, pretrained_autoencoder(run.config))
         run.finish("autoencoder", {"pretrained": config.pretrained, "steps": 0, "seconds": 0.0})
         return
 
@@ -80,7 +88,7 @@ def train_autoencoder(run: Run) -> None:
             worker_init_fn=leave_signals_to_parent,
         )
     )
-    latent_shape = latent_shape_of(autoencoder, run.config)
+    latent_shape = run.latent_shape
     log = RunLog(run, "autoencoder", config, record)
 
     for step in range(record["step"], config.max_steps):
@@ -152,4 +160,6 @@ def save_autoencoder(run: Run, autoencoder: torch.nn.Module) -> None:
 
 
 if __name__ == "__main__":
-    main(autoencoder=train_autoencoder)
+    from training.stages import Stage, run_stages
+
+    run_stages(CONFIG, Stage("autoencoder", train_autoencoder, autoencoder_stands))

@@ -1,5 +1,10 @@
 """Stage 3: train the denoiser on the latents."""
 
+if __name__ == "__main__":  # first, so that a typo is answered before torch is imported
+    from training.config import parse_config
+
+    CONFIG = parse_config(stages=["denoiser"])
+
 from contextlib import nullcontext
 
 import torch
@@ -23,17 +28,27 @@ from training.runtime.log import RunLog
 from training.runtime.optimization import build_optimizer, nan_if_nonfinite, optimizer_step
 from training.runtime.run import Run
 from training.runtime.signals import Interrupted
-from training.stages import main
+
+
+def denoiser_stands(run: Run) -> str | None:
+    """Skip rule: a denoiser was trained for `max_steps` on the present latents. RunError if on others."""
+    key, done = _latents_key(run), run.done("denoiser")
+    if not done or done["steps"] < run.config.denoiser.max_steps or not (run.folder / "pipeline").exists():
+        return None
+    if done["latents"] != key:
+        raise RunError(f"{run.folder / 'denoiser'} was trained on other latents: --redo '[denoiser]'")
+    return f"{run.folder / 'pipeline'} stands"
+
+
+def _latents_key(run: Run) -> dict:
+    return read_json(run.require(run.folder / "latents" / "manifest.json", "encode_latents.py"))["key"]
 
 
 def train_denoiser(run: Run) -> None:
     """Leave `pipeline/` in the run folder: autoencoder, averaged denoiser and a sampler."""
     config, accelerator, device = run.config.denoiser, run.accelerator, run.device
     folder = run.folder / "denoiser"
-    manifest = run.require(run.folder / "latents" / "manifest.json", "encode_latents.py")
-    key = read_json(manifest)["key"]
-    if _stands(run, key):
-        return
+    key = _latents_key(run)
 
     # Latents, networks, optimizer and what a checkpoint holds.
     autoencoder = load_autoencoder(run.folder / "autoencoder").to(device).eval()
@@ -109,17 +124,6 @@ def train_denoiser(run: Run) -> None:
     run.finish(
         "denoiser", {"steps": config.max_steps, "images": images, "seconds": log.seconds, "latents": key}
     )
-
-
-def _stands(run: Run, key: dict) -> bool:
-    """Whether the result is there already; it must be one of the present latents."""
-    done = run.done("denoiser")
-    if not done or done["steps"] < run.config.denoiser.max_steps or not (run.folder / "pipeline").exists():
-        return False
-    if done["latents"] != key:
-        raise RunError(f"{run.folder / 'denoiser'} was trained on other latents: --redo '[denoiser]'")
-    run.print(f"denoiser: {run.folder / 'pipeline'} stands; --redo '[denoiser]' does it again")
-    return True
 
 
 def check_scale(run: Run, latents: LatentDataset) -> None:
@@ -200,4 +204,6 @@ def save_pipeline(run: Run, pipeline: LDMPipeline, ema: EMA) -> None:
 
 
 if __name__ == "__main__":
-    main(denoiser=train_denoiser)
+    from training.stages import Stage, run_stages
+
+    run_stages(CONFIG, Stage("denoiser", train_denoiser, denoiser_stands))

@@ -1,17 +1,30 @@
-"""The main job: images in, a Diffusers pipeline out. Each stage is skipped when its result already stands."""
+"""The main job: images in, a Diffusers pipeline out. The same command continues a run that was stopped."""
 
-from training.encode_latents import encode_latents
-from training.evaluate_ldm import evaluate, summary
-from training.stages import main
-from training.train_autoencoder import train_autoencoder
-from training.train_denoiser import train_denoiser
+from training.config import parse_config
 
-if __name__ == "__main__":
-    run = main(
-        autoencoder=train_autoencoder,
-        latents=encode_latents,
-        denoiser=train_denoiser,
-        evaluation=evaluate,
+
+def main() -> None:
+    """Run the four stages; each is skipped where its result stands."""
+    config = parse_config()
+
+    # Imported here, because torch and Diffusers take seconds and a typo is answered at once.
+    from training.encode_latents import encode_latents, latents_stand
+    from training.evaluate_ldm import evaluate, evaluation_stands, summary
+    from training.stages import Stage, run_stages
+    from training.train_autoencoder import autoencoder_stands, train_autoencoder
+    from training.train_denoiser import denoiser_stands, train_denoiser
+
+    run = run_stages(
+        config,
+        # name           work               skipped when
+        Stage("autoencoder", train_autoencoder, autoencoder_stands),  # it was trained to max_steps
+        Stage("latents", encode_latents, latents_stand),  # same autoencoder, images and transform
+        Stage("denoiser", train_denoiser, denoiser_stands),  # trained to max_steps on these latents
+        Stage("evaluation", evaluate, evaluation_stands),  # same weights, images and settings
     )
     if run:
         run.print(summary(run))
+
+
+if __name__ == "__main__":
+    main()

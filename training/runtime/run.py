@@ -1,24 +1,21 @@
-"""What every script starts with: the checked configuration, the processes, the run folder and the images."""
+"""One run of this process: its configuration, processes, folder and images, checked before the first step."""
 
-import os
 import socket
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    broadcast_object_list,
-)
+from accelerate.utils import broadcast_object_list
 from filelock import BaseFileLock
 
-from training.config import Config, RunError, parse_config, redact
+from ldm_pipeline.pipeline import latent_size
+from training.config import Config, RunError
 from training.data.images import ImageData, load_images
 from training.data.scan import Scan, scan
-from training.networks import check_networks, check_shapes
+from training.networks import check_data, check_networks
 from training.runtime.accelerator import build_accelerator
 from training.runtime.atomic import read_json, write_json
 from training.runtime.folder import check_folder, check_space, lock_folder, open_folder
@@ -29,12 +26,20 @@ Result = TypeVar("Result")
 
 @dataclass
 class Run:
-    """One run of this process: its configuration, its share of the work, its folder and its images."""
+    """One run of this process.
+
+    Args:
+        folder: the run folder.
+        latent_shape: (C, h, w) of the latents; None for a script that trains nothing.
+        interruption: asks for SIGTERM and SIGINT; None under `--dry_run`, like `lock`.
+        lock: holds the run folder for this process, on the main process.
+    """
 
     config: Config
     accelerator: Accelerator
     folder: Path
     data: ImageData
+    latent_shape: tuple[int, ...] | None
     interruption: Interruption | None
     lock: BaseFileLock | None
 
@@ -49,13 +54,13 @@ class Run:
         return read_json(path) if path.exists() else None
 
     def finish(self, stage: str, record: dict) -> None:
-        """Record that a stage is finished; call it last."""
+        """Record that a stage is finished; the last thing that it does."""
         if self.accelerator.is_main_process:
             write_json(self.folder / stage / "done.json", record)
         self.accelerator.wait_for_everyone()
 
     def require(self, path: Path, script: str) -> Path:
-        """`path`, which an earlier stage leaves. Raises RunError naming its script if it is missing."""
+        """`path`, which an earlier stage leaves. RunError names its script if it is missing."""
         if not path.exists():
             raise RunError(
                 f"{path} is missing: run training/{script} first, or the whole job by train_ldm.py"
@@ -63,64 +68,49 @@ class Run:
         return path
 
     def once(self, function: Callable[..., Result], *arguments) -> Result:
-        """The result of a call by the main process alone, for all; every process calls this."""
-        found = [function(*arguments) if self.accelerator.is_main_process else None]
-        return broadcast_object_list(found)[0]
+        """The result of a call on the main process alone, for every rank; all ranks call this."""
+        results = [function(*arguments) if self.accelerator.is_main_process else None]
+        return broadcast_object_list(results)[0]
 
     def print(self, *message) -> None:
-        """Print once, not once a process."""
+        """Print on the main process only."""
         self.accelerator.print(*message, flush=True)
 
 
-def start(stages: list[str], argv: list[str] | None = None) -> Run:
-    """Read the configuration, open the run folder, load and scan the images: all checks before a step.
-
-    Exits with code 2 and a message for what the user can mend.
+def start(config: Config, stages: list[str]) -> Run:
+    """Start the processes, open the run folder, load and scan the images: all checks before a step.
 
     Args:
-        stages: what this script does; no other stage can be redone by it.
-        argv: the command line, by default the process's own.
+        stages: names of what this script does; "evaluation" alone trains nothing.
+
+    Raises:
+        RunError: with what was found, what is wanted and which option changes it.
     """
-    try:
-        config = parse_config(argv)
-        if unknown := set(config.redo) - set(stages):
-            raise ValueError(
-                f"--redo {sorted(unknown)}: this script does {', '.join(stages)}; use train_ldm.py"
-            )
-        accelerator = build_accelerator(config)
-        trains = stages != ["evaluation"]
-        shaped = check_shapes(config, accelerator.num_processes) if trains else None
-        check_folder(config, accelerator.print)
-        folder = Path(config.output_dir)
-        lock = lock_folder(folder) if accelerator.is_main_process and not config.dry_run else None
-        with accelerator.main_process_first():
-            data = load_images(config.data)
-            found = _scan_once(config, data, accelerator.is_main_process)
-        accelerator.print(found.describe(), flush=True)
-        data.drop(found.unreadable)
-        if trains:
-            networks = check_networks(config, data, *shaped)
-            check_space(config, networks, len(data.train) + len(data.held_out))
-        if lock:
-            open_folder(config)
-        accelerator.wait_for_everyone()
-        if not config.dry_run and not (folder / "config.yaml").exists():
-            raise ValueError(
-                f"{socket.gethostname()} does not see {folder.absolute()}: the machines of a run need one "
-                "--output_dir that they share"
-            )
-    except (ValueError, OSError) as error:
-        fail(error)
+    accelerator = build_accelerator(config)
+    trains = stages != ["evaluation"]
+    networks = check_networks(config, accelerator.num_processes) if trains else None
+    check_folder(config, accelerator.print)
+    folder = Path(config.output_dir)
+    lock = lock_folder(folder) if accelerator.is_main_process and not config.dry_run else None
+    with accelerator.main_process_first():  # one downloads and scans
+        data = load_images(config.data)
+        scanned = _scan_once(config, data, accelerator.is_main_process)
+    accelerator.print(scanned.describe(), flush=True)
+    data.drop(scanned.unreadable)
+    if networks:
+        check_data(config, data)
+        check_space(config, networks, len(data.train) + len(data.held_out))
+    if lock:
+        open_folder(config)
+    accelerator.wait_for_everyone()
+    if not config.dry_run and not (folder / "config.yaml").exists():
+        raise RunError(
+            f"{socket.gethostname()} does not see {folder.absolute()}: the machines of a run need one "
+            "--output_dir that they share"
+        )
+    shape = (networks[1].config.out_channels, *latent_size(networks[1])) if networks else None
     interruption = None if config.dry_run else Interruption()
-    return Run(config, accelerator, folder, data, interruption, lock)
-
-
-def fail(error: Exception) -> NoReturn:
-    """Print what a person can mend, without a traceback and with the process if there are several; exit."""
-    sys.stdout.flush()
-    process = f"[process {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    print(f"{process}error: {redact(str(error))}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    return Run(config, accelerator, folder, data, shape, interruption, lock)
 
 
 def _scan_once(config: Config, data: ImageData, store: bool) -> Scan:
