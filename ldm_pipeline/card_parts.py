@@ -4,7 +4,7 @@ import json
 import math
 import re
 
-from ldm_pipeline.pipeline import latent_size
+from ldm_pipeline.pipeline import latent_shape, num_classes
 from ldm_pipeline.run_files import STAGES, RunFiles
 
 ROWS = 12  # of a sweep's table
@@ -34,16 +34,11 @@ MEANINGS = {
 }
 
 
-def number_of_classes(pipe) -> int:
-    """Classes that the denoiser can be asked for; 0: it takes none."""
-    return (pipe.unet.config.get("num_class_embeds") or 1) - 1
-
-
 def image_size(pipe) -> tuple[int, int]:
     """Height and width of the pictures that `pipe` draws, in pixels."""
     config = pipe.vae.config
     widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-    height, width = latent_size(pipe.unet)
+    _, height, width = latent_shape(pipe.denoiser)
     return height * 2 ** (len(widths) - 1), width * 2 ** (len(widths) - 1)
 
 
@@ -52,7 +47,7 @@ def sampling_settings(pipe, protocol: dict) -> dict:
     defaults = pipe.config.get("defaults") or {}
     steps = defaults.get("num_inference_steps") or protocol.get("num_inference_steps") or 20
     scale = defaults.get("guidance_scale") or protocol.get("guidance_scale") or 1.0
-    return {"num_inference_steps": steps} | ({"guidance_scale": scale} if number_of_classes(pipe) else {})
+    return {"num_inference_steps": steps} | ({"guidance_scale": scale} if num_classes(pipe.denoiser) else {})
 
 
 # ----------------------------------------------------------------------------------------------- the pipeline
@@ -72,7 +67,7 @@ def of_pipeline(pipe, run: RunFiles) -> dict:
 
 
 def _summary(pipe, run: RunFiles) -> str:
-    kind = "A class-conditional" if number_of_classes(pipe) else "An unconditional"
+    kind = "A class-conditional" if num_classes(pipe.denoiser) else "An unconditional"
     height, width = image_size(pipe)
     grey = " grey" if pipe.vae.config.in_channels == 1 else ""
     text = f"{kind} latent diffusion model of {width}x{height}{grey} images"
@@ -86,7 +81,7 @@ def _summary(pipe, run: RunFiles) -> str:
 def _call(pipe, names: list[str], protocol: dict) -> str:
     """The arguments of the snippet's call, as Python."""
     arguments = {}
-    if number_of_classes(pipe):
+    if num_classes(pipe.denoiser):
         own = [name for name in names if names.count(name) == 1]
         arguments["class_labels"] = json.dumps(own[0], ensure_ascii=False) if own else 0
     arguments |= sampling_settings(pipe, protocol)
@@ -94,9 +89,9 @@ def _call(pipe, names: list[str], protocol: dict) -> str:
 
 
 def _model_rows(pipe, run: RunFiles) -> dict:
-    vae, unet, classes = pipe.vae, pipe.unet, number_of_classes(pipe)
+    vae, unet, classes = pipe.vae, pipe.unet, num_classes(pipe.denoiser)
     height, width = image_size(pipe)
-    latents = "x".join(map(str, (unet.config.out_channels, *latent_size(pipe.unet))))
+    latents = "x".join(map(str, latent_shape(unet)))
     weights = [weight for model in (vae, unet) for weight in model.state_dict().values()]
     size = sum(weight.numel() * weight.element_size() for weight in weights) / 1e6
     types = {str(weight.dtype).removeprefix("torch.") for weight in weights if weight.is_floating_point()}

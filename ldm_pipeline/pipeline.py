@@ -6,7 +6,6 @@ import math
 import re
 import warnings
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from pathlib import Path
 
 import diffusers
@@ -31,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 # the file on disk may no longer be the code that runs.
 SOURCE = Path(__file__).read_bytes()
 FLOW_TIME = 1000.0  # a flow network sees 1000 * tau, the range its sinusoidal embedding was made for
-PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction", "sample")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
 # How each scheduler states where on its path it stands; see `_scheduler_point`. By name; what is absent is
 # refused: equal attributes may mean something else (MiniMaxH3Scheduler has flow sigmas but wants -velocity).
 _FAMILIES = {
@@ -66,56 +65,123 @@ def _by_name(groups: dict) -> dict:
 SCHEDULERS, REFUSED = _by_name(_FAMILIES), _by_name(_REFUSALS)
 
 
-# -------------------------------------------------------------------------------------- condition and network
-@dataclass(frozen=True)
-class Condition:
-    """What a network is told besides the noisy latents and the time; every field is optional, batch first.
+# -------------------------------------------------------------------------------------------------- objective
+class Objective:
+    """What a network predicts, and its path: noisy = alpha * clean + sigma * noise at the network's times.
 
-    class_labels: (N,) int64 in [0, K]; K = `unet.config.num_class_embeds` - 1 is the null class, "no label".
+    Flow (arXiv:2209.03003): any time t in [0, 1000], alpha = 1 - t/1000, sigma = t/1000. Variance preserving
+    (arXiv:2006.11239): whole times in [0, num_train_timesteps), alpha = sqrt(alphas_cumprod),
+    sigma = sqrt(1 - alphas_cumprod).
+
+    Args:
+        config: {"prediction_type": "flow_prediction"}, or "epsilon" / "v_prediction" with the training's
+            noise schedule under DDPMScheduler's names. This dict is saved with a pipeline.
+
+    Raises:
+        ValueError: if `config` is anything else, or its noise schedule is none.
     """
 
-    class_labels: torch.Tensor | None = None
+    def __init__(self, config: dict):
+        self.config = config
+        self.prediction_type = config.get("prediction_type") if isinstance(config, dict) else None
+        self.is_flow = self.prediction_type == "flow_prediction"
+        known = () if self.is_flow else inspect.signature(DDPMScheduler).parameters
+        if self.prediction_type not in PREDICTION_TYPES or set(config) - {"prediction_type", *known}:
+            raise ValueError(
+                f"objective={config!r}; wanted {{'prediction_type': 'flow_prediction'}} alone, or 'epsilon' "
+                "or 'v_prediction' with the noise schedule's arguments of DDPMScheduler"
+            )
+        if self.prediction_type == "epsilon" and config.get("rescale_betas_zero_snr"):
+            raise ValueError(
+                "objective: epsilon says nothing about the image where the signal is zero "
+                "(arXiv:2305.08891); use prediction_type='v_prediction' or rescale_betas_zero_snr=False"
+            )
+        self._tables = {} if self.is_flow else {"cpu": _alphas_cumprod(config)}  # by device
 
-    @classmethod
-    def null(cls, unet, batch_size: int, device=None) -> "Condition":
-        """The condition that says nothing, for `batch_size` images; of no fields where `unet` takes none."""
-        classes = unet.config.get("num_class_embeds")
-        return cls(None if classes is None else torch.full((batch_size,), classes - 1, device=device))
+    def alphas_cumprod(self, device="cpu") -> torch.Tensor:
+        """The squares of alpha, (num_train_timesteps,) float32; of variance-preserving objectives alone."""
+        device = str(device)
+        if device not in self._tables:
+            self._tables[device] = self._tables["cpu"].to(device)
+        return self._tables[device]
 
-    def drop(self, mask: torch.Tensor, null: "Condition") -> "Condition":
-        """This condition with `null` where `mask` (N,) bool is true (arXiv:2207.12598, algorithm 1)."""
-        return self._combine(null, lambda own, nothing: torch.where(_per_image(mask, own), nothing, own))
+    def alpha_sigma(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(alpha, sigma) at the network's own times, shaped like them."""
+        if self.is_flow:
+            tau = timesteps.float() / FLOW_TIME
+            return 1 - tau, tau
+        alphas_cumprod = self.alphas_cumprod(timesteps.device)[timesteps.long()]
+        return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
-    def join(self, other: "Condition") -> "Condition":
-        """One doubled batch: this condition, then `other`."""
-        return self._combine(other, lambda own, others: torch.cat([own, others]))
+    def target(self, clean: torch.Tensor, noise: torch.Tensor, alpha, sigma) -> torch.Tensor:
+        """What a perfect network predicts; clean, noise: (N, ...); alpha, sigma: (N,) or numbers."""
+        return prediction_target(self.prediction_type, clean, noise, alpha, sigma)
 
-    def given(self) -> dict:
-        """The fields that are not None, by name: the keyword arguments of a network."""
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+    def clean_and_noise(self, prediction: torch.Tensor, noisy: torch.Tensor, alpha, sigma) -> tuple:
+        """(clean, noise) that a prediction implies; shapes as in `target`. Epsilon needs alpha > 0."""
+        return clean_and_noise(self.prediction_type, prediction, noisy, alpha, sigma)
 
-    def _combine(self, other, function):
-        return Condition(**{name: function(own, getattr(other, name)) for name, own in self.given().items()})
+    def network_point(self, alpha: float, sigma: float) -> tuple[float, float, float]:
+        """(time, alpha, sigma) where the network's own path has the signal-to-noise ratio alpha / sigma.
 
-
-def denoise(unet, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
-    """The one call of a network, used by training and by sampling.
-
-    noisy: (N, C, H, W), of the network's dtype; timesteps: (N,) or scalar, the network's own time.
-    Returns what the network predicts, (N, C, H, W).
-    """
-    return unet(noisy, timesteps, **condition.given(), return_dict=False)[0]
-
-
-def latent_size(unet) -> tuple[int, int]:
-    """Height and width of the latents."""
-    size = unet.config.sample_size
-    size = (size, size) if isinstance(size, int) else size
-    if not isinstance(size, list | tuple) or len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
-        raise ValueError(f"the denoiser's config has sample_size={size}; wanted one or two positive integers")
-    return tuple(size)
+        A flow network has every ratio; a variance-preserving one is interpolated in log(alpha / sigma)
+        between its whole times and clamped to its first and last.
+        """
+        if self.is_flow:
+            tau = sigma / (alpha + sigma)
+            return FLOW_TIME * tau, 1 - tau, tau
+        alpha2 = self.alphas_cumprod().double()
+        alpha2 = alpha2.clamp(min=alpha2[alpha2 > 0].min() / 4)  # without any signal there is no logarithm
+        log_snr = ((alpha2 / (1 - alpha2)).log() / 2).numpy()
+        wanted = math.log(max(alpha, 1e-12)) - math.log(max(sigma, 1e-12))
+        wanted = min(max(wanted, log_snr[-1]), log_snr[0])
+        time = np.interp(wanted, log_snr[::-1], np.arange(len(log_snr))[::-1])
+        return float(time), 1 / math.sqrt(1 + math.exp(-2 * wanted)), 1 / math.sqrt(1 + math.exp(2 * wanted))
 
 
+def _alphas_cumprod(config: dict) -> torch.Tensor:
+    try:
+        alphas_cumprod = DDPMScheduler(**config).alphas_cumprod
+        sound = len(alphas_cumprod) and 0 <= alphas_cumprod[-1] and alphas_cumprod[0] < 1
+        sound = sound and not (alphas_cumprod.diff() > 0).any() and alphas_cumprod.isfinite().all()
+    except Exception as error:  # a constructor may raise anything at a wrong value
+        raise ValueError(f"objective={config}: {type(error).__name__}: {error}") from error
+    if not sound:
+        raise ValueError(
+            f"objective={config}: no noise schedule whose signal falls from below 1 to 0 or more"
+        )
+    return alphas_cumprod
+
+
+def _per_image(value, like: torch.Tensor):
+    """(N,) tensors as (N, 1, ...) to broadcast over images; a number as it is."""
+    return value.view(-1, *[1] * (like.ndim - 1)) if torch.is_tensor(value) and value.ndim else value
+
+
+def prediction_target(prediction_type: str, clean, noise, alpha, sigma) -> torch.Tensor:
+    """What a perfect network predicts: the noise, v (arXiv:2202.00512) or the velocity (arXiv:2209.03003)."""
+    alpha, sigma = _per_image(alpha, clean), _per_image(sigma, clean)
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return alpha * noise - sigma * clean
+    assert prediction_type == "flow_prediction", prediction_type
+    return noise - clean
+
+
+def clean_and_noise(prediction_type: str, prediction, noisy, alpha, sigma) -> tuple:
+    """(clean, noise) with noisy = alpha * clean + sigma * noise, as `prediction` implies them."""
+    alpha, sigma = _per_image(alpha, noisy), _per_image(sigma, noisy)
+    if prediction_type == "epsilon":
+        return (noisy - sigma * prediction) / alpha, prediction
+    if prediction_type == "v_prediction":
+        norm = alpha**2 + sigma**2
+        return (alpha * noisy - sigma * prediction) / norm, (sigma * noisy + alpha * prediction) / norm
+    assert prediction_type == "flow_prediction", prediction_type
+    return (noisy - sigma * prediction) / (alpha + sigma), (noisy + alpha * prediction) / (alpha + sigma)
+
+
+# ------------------------------------------------------------------------------------------ latent statistics
 def set_latent_statistics(autoencoder, mean: list[float], std: list[float]) -> None:
     """Write mean and deviation per channel into the autoencoder's config, the one place where they are kept.
 
@@ -141,13 +207,14 @@ def _latent_statistics(autoencoder, like: torch.Tensor):
             f"list of {like.shape[1]} finite numbers each, deviations above 0. Measure them over the "
             "training set and write them with set_latent_statistics()"
         )
-    return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+    shape = (1, -1, *[1] * (like.ndim - 2))
+    return mean.view(shape), std.view(shape)
 
 
 def normalize_latents(autoencoder, latents: torch.Tensor) -> torch.Tensor:
     """Autoencoder space to network space: (latents - latents_mean) / latents_std per channel, in float32.
 
-    latents: (N, C, H, W). ValueError if the autoencoder's config lacks either list. `AutoencoderKL` does not
+    latents: (N, C, ...). ValueError if the autoencoder's config lacks either list. `AutoencoderKL` does not
     apply them itself.
     """
     mean, std = _latent_statistics(autoencoder, latents)
@@ -160,100 +227,55 @@ def denormalize_latents(autoencoder, latents: torch.Tensor) -> torch.Tensor:
     return latents.float() * std + mean
 
 
-# -------------------------------------------------------------------------------------------------- objective
-@lru_cache(maxsize=16)
-def _alphas_cumprod(objective_json: str, device: str) -> torch.Tensor:
-    """(num_train_timesteps,) float32; ValueError for no objective. Keyed by text: a dict has no hash."""
-    objective = json.loads(objective_json)
-    prediction_type, known = objective.get("prediction_type"), inspect.signature(DDPMScheduler).parameters
-    unknown = [key for key in objective if key not in known]
-    if prediction_type not in ("epsilon", "v_prediction") or unknown:
-        raise ValueError(
-            f"objective {objective}: wanted prediction_type 'flow_prediction' alone, or 'epsilon' or "
-            f"'v_prediction' with the noise schedule's arguments of DDPMScheduler (unknown here: {unknown})"
-        )
-    if prediction_type == "epsilon" and objective.get("rescale_betas_zero_snr"):
-        raise ValueError(
-            "objective: epsilon says nothing about the image where the signal is zero (arXiv:2305.08891); "
-            "use prediction_type='v_prediction' or rescale_betas_zero_snr=False"
-        )
-    try:
-        alphas_cumprod = DDPMScheduler(**objective).alphas_cumprod
-        sound = len(alphas_cumprod) and 0 <= alphas_cumprod[-1] and alphas_cumprod[0] < 1
-        sound = sound and not (alphas_cumprod.diff() > 0).any() and alphas_cumprod.isfinite().all()
-    except Exception as error:  # a constructor may raise anything at a wrong value
-        raise ValueError(f"objective {objective}: {type(error).__name__}: {error}") from error
-    if not sound:
-        raise ValueError(
-            f"objective {objective}: no noise schedule whose signal falls from below 1 to 0 or more"
-        )
-    return alphas_cumprod.to(device)
+# -------------------------------------------------------------------------------------- condition and denoise
+@dataclass(frozen=True)
+class Condition:
+    """What a network is told besides the noisy latents and the time; every field is optional, batch first.
 
-
-def _schedule(objective: dict, device="cpu") -> torch.Tensor:
-    if not isinstance(objective, dict):
-        raise ValueError(
-            f'objective={objective!r}; wanted a dict such as {{"prediction_type": "flow_prediction"}}'
-        )
-    return _alphas_cumprod(json.dumps(objective, sort_keys=True), str(device))
-
-
-def is_flow(objective: dict) -> bool:
-    return isinstance(objective, dict) and objective.get("prediction_type") == "flow_prediction"
-
-
-def alpha_sigma(objective: dict, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(alpha, sigma) of noisy = alpha * clean + sigma * noise at the network's own times, shaped like them.
-
-    Flow (arXiv:2209.03003): any t in [0, 1000], (1 - t/1000, t/1000). Variance preserving (arXiv:2006.11239):
-    integers in [0, num_train_timesteps), (sqrt(alphas_cumprod), sqrt(1 - alphas_cumprod)).
+    class_labels: (N,) int64 in [0, K]; K = `num_classes(denoiser)` is the null class, "no label".
     """
-    if is_flow(objective):
-        tau = timesteps.float() / FLOW_TIME
-        return 1 - tau, tau
-    alphas_cumprod = _schedule(objective, timesteps.device)[timesteps.long()]
-    return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+    class_labels: torch.Tensor | None = None
+
+    @classmethod
+    def null(cls, denoiser, batch_size: int, device=None) -> "Condition":
+        """The condition that says nothing, for `batch_size` images; of no fields where none are taken."""
+        classes = num_classes(denoiser)
+        return cls(torch.full((batch_size,), classes, device=device) if classes else None)
+
+    def drop(self, mask: torch.Tensor, null: "Condition") -> "Condition":
+        """This condition with `null` where `mask` (N,) bool is true (arXiv:2207.12598, algorithm 1)."""
+        return self._combine(null, lambda own, nothing: torch.where(_per_image(mask, own), nothing, own))
+
+    def join(self, other: "Condition") -> "Condition":
+        """One doubled batch: this condition, then `other`."""
+        return self._combine(other, lambda own, others: torch.cat([own, others]))
+
+    def _combine(self, other: "Condition", function) -> "Condition":
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return Condition(**{name: function(*pair) for name, pair in pairs.items() if pair[0] is not None})
 
 
-def _per_image(value, like: torch.Tensor):
-    """(N,) tensors as (N, 1, 1, 1), whatever is one number as it is."""
-    return value.view(-1, *[1] * (like.ndim - 1)) if torch.is_tensor(value) and value.ndim else value
+def denoise(denoiser, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+    """The one call of a network, used by training and by sampling.
 
-
-def prediction_target(prediction_type: str, clean, noise, alpha, sigma) -> torch.Tensor:
-    """What a perfect network predicts; clean, noise: (N, C, H, W); alpha, sigma: (N,) or numbers.
-
-    v of arXiv:2202.00512, the velocity of arXiv:2209.03003. ValueError for an unknown type.
+    noisy: (N, C, ...), of the network's dtype; timesteps: (N,) or scalar, the network's own time.
+    Returns what the network predicts, shaped like `noisy`.
     """
-    alpha, sigma = _per_image(alpha, clean), _per_image(sigma, clean)
-    if prediction_type == "epsilon":
-        return noise
-    if prediction_type == "v_prediction":
-        return alpha * noise - sigma * clean
-    if prediction_type == "flow_prediction":
-        return noise - clean
-    if prediction_type == "sample":
-        return clean
-    raise ValueError(f"prediction_type {prediction_type!r}: wanted one of {', '.join(PREDICTION_TYPES)}")
+    keywords = {"class_labels": condition.class_labels}
+    given = {name: value for name, value in keywords.items() if value is not None}
+    return denoiser(noisy, timesteps, **given, return_dict=False)[0]
 
 
-def clean_and_noise(prediction_type: str, prediction, noisy, alpha, sigma) -> tuple:
-    """(clean, noise) that a prediction implies, so that noisy = alpha * clean + sigma * noise.
+def num_classes(denoiser) -> int:
+    """Classes K that the denoiser can be asked for; 0: it takes none. Number K is the null class."""
+    return (denoiser.config.get("num_class_embeds") or 1) - 1
 
-    Shapes as in `prediction_target`. v and flow are safe on the whole path; epsilon needs alpha > 0 and
-    sample sigma > 0: elsewhere the prediction does not determine the other half and the result is not finite.
-    """
-    alpha, sigma = _per_image(alpha, noisy), _per_image(sigma, noisy)
-    if prediction_type == "epsilon":
-        return (noisy - sigma * prediction) / alpha, prediction
-    if prediction_type == "sample":
-        return prediction, (noisy - alpha * prediction) / sigma
-    if prediction_type == "v_prediction":
-        norm = alpha**2 + sigma**2
-        return (alpha * noisy - sigma * prediction) / norm, (sigma * noisy + alpha * prediction) / norm
-    if prediction_type == "flow_prediction":
-        return (noisy - sigma * prediction) / (alpha + sigma), (noisy + alpha * prediction) / (alpha + sigma)
-    raise ValueError(f"prediction_type {prediction_type!r}: wanted one of {', '.join(PREDICTION_TYPES)}")
+
+def latent_shape(denoiser) -> tuple[int, ...]:
+    """(C, H, W) of the latents of one image."""
+    size = denoiser.config.sample_size
+    return (denoiser.config.out_channels, *((size, size) if isinstance(size, int) else size))
 
 
 # -------------------------------------------------------------------------------------- network and scheduler
@@ -299,25 +321,9 @@ def _scheduler_point(scheduler, family: str, i: int, t) -> tuple[float, float, s
     return 1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma), prediction_type
 
 
-def network_point(objective: dict, alpha: float, sigma: float) -> tuple[float, float, float]:
-    """(time, alpha, sigma) where the network's own path has the signal-to-noise ratio alpha / sigma.
-
-    A flow network has every ratio; a variance-preserving one is interpolated in log(alpha / sigma) between
-    its integer times and clamped to its first and last.
-    """
-    if is_flow(objective):
-        tau = sigma / (alpha + sigma)
-        return FLOW_TIME * tau, 1 - tau, tau
-    alpha2 = _schedule(objective).double()
-    alpha2 = alpha2.clamp(min=alpha2[alpha2 > 0].min() / 4)  # a last time without any signal has no logarithm
-    log_snr = ((alpha2 / (1 - alpha2)).log() / 2).numpy()
-    wanted = math.log(max(alpha, 1e-12)) - math.log(max(sigma, 1e-12))
-    wanted = min(max(wanted, log_snr[-1]), log_snr[0])
-    time = np.interp(wanted, log_snr[::-1], np.arange(len(log_snr))[::-1])
-    return float(time), 1 / math.sqrt(1 + math.exp(-2 * wanted)), 1 / math.sqrt(1 + math.exp(2 * wanted))
-
-
-def scheduler_prediction(scheduler, family: str, objective: dict, i: int, t, sample, network) -> torch.Tensor:
+def scheduler_prediction(
+    scheduler, family: str, objective: Objective, i: int, t, sample, network
+) -> torch.Tensor:
     """What `scheduler.step(..., t, sample)` wants, from a `network(noisy, time)` on the path of `objective`.
 
     sample: (N, C, H, W) float32. Rescaled, it moves from the scheduler's path to the network's at the same
@@ -327,10 +333,10 @@ def scheduler_prediction(scheduler, family: str, objective: dict, i: int, t, sam
     noisy = scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
     if family == "edm":  # its inputs are scaled to unit variance by sigma_data; here by 1
         noisy = sample * alpha
-    time, net_alpha, net_sigma = network_point(objective, alpha, sigma)
+    time, net_alpha, net_sigma = objective.network_point(alpha, sigma)
     net_noisy = noisy * (math.hypot(net_alpha, net_sigma) / math.hypot(alpha, sigma))
     prediction = network(net_noisy, time)
-    clean, noise = clean_and_noise(objective["prediction_type"], prediction, net_noisy, net_alpha, net_sigma)
+    clean, noise = objective.clean_and_noise(prediction, net_noisy, net_alpha, net_sigma)
     # The half that the scheduler's own point magnifies less; it matters where the network's time was clamped.
     if sigma > alpha:
         noise = (noisy - alpha * clean) / sigma
@@ -405,7 +411,7 @@ def _try(model) -> None:
             model.step(model.scale_model_input(x, t) if hasattr(model, "scale_model_input") else x, t, x)
     elif not isinstance(model, UNet2DConditionModel):
         config, unet = model.config, isinstance(model, UNet2DModel)
-        shape = (1, config.out_channels, *latent_size(model)) if unet else (1, config.in_channels, 256, 256)
+        shape = (1, *latent_shape(model)) if unet else (1, config.in_channels, 256, 256)
         given = (
             (torch.zeros(shape), torch.zeros(1), Condition.null(model, 1)) if unet else (torch.zeros(shape),)
         )
@@ -475,12 +481,12 @@ def check_weights(model, name: str) -> None:
         )
 
 
-def _checked_names(id2label, embeds: int | None) -> dict | None:
+def _checked_names(id2label, classes: int) -> dict | None:
     """Names by number as text, as JSON has them; ValueError unless every number is a class."""
     if id2label is None:
         return None
     names = {str(number): name for number, name in id2label.items()} if isinstance(id2label, dict) else {}
-    classes = math.inf if embeds is None else embeds - 1
+    classes = classes or math.inf
     good = [n for n in names if n.isdecimal() and n == str(int(n)) and int(n) < classes]
     if (
         not isinstance(id2label, dict)
@@ -538,8 +544,7 @@ class LDMPipeline(DiffusionPipeline):
         defaults: dict | None = None,
     ):
         super().__init__()
-        if not is_flow(objective) or len(objective) > 1:
-            _schedule(objective)  # raises where it is none
+        self.objective = Objective(objective)
         if vae.config.latent_channels != unet.config.out_channels:
             raise ValueError(
                 f"the autoencoder has latent_channels={vae.config.latent_channels}, but the denoiser has "
@@ -549,10 +554,15 @@ class LDMPipeline(DiffusionPipeline):
             check_weights(model, name)
             forget_local_path(model)
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
-        id2label = _checked_names(id2label, unet.config.get("num_class_embeds"))
+        id2label = _checked_names(id2label, num_classes(unet))
         self.register_to_config(
             objective=dict(objective), id2label=id2label, defaults=_checked_defaults(defaults)
         )
+
+    @property
+    def denoiser(self):
+        """The network that denoises normalised latents."""
+        return self.unet
 
     # ---- saving and loading
     @classmethod
@@ -669,21 +679,20 @@ class LDMPipeline(DiffusionPipeline):
             if guidance_scale != 1:
                 raise ValueError(f"guidance_scale={guidance_scale} needs class_labels to guide to; 1 is off")
             return null
-        if null.class_labels is None:
+        if not (classes := num_classes(self.unet)):
             raise ValueError(f"class_labels={class_labels}, but this model has no classes; leave it out")
-        classes = self.unet.config.num_class_embeds - 1
         numbers = [self._class_number(label, classes) for label in class_labels]
         condition = Condition(class_labels=torch.tensor(numbers, device=null.class_labels.device))
         return condition if guidance_scale == 1 else null.join(condition)
 
     def _prepare_latents(self, latents, batch_size: int, generator, device) -> torch.Tensor:
         """(N, C, H, W) float32 of the deviation that the scheduler starts from."""
-        channels = self.unet.config.out_channels
+        shape = latent_shape(self.unet)
         if latents is None:
-            shape = (batch_size, channels, *latent_size(self.unet))
+            shape = (batch_size, *shape)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif latents.ndim != 4 or latents.shape[1] != channels:
-            raise ValueError(f"latents has shape {tuple(latents.shape)}; wanted (N, {channels}, H, W)")
+        elif latents.ndim != len(shape) + 1 or latents.shape[1] != shape[0]:
+            raise ValueError(f"latents has shape {tuple(latents.shape)}; wanted (N, {shape[0]}, H, W)")
         return latents.to(device, torch.float32) * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
 
     def _set_timesteps(self, num_inference_steps: int, timesteps, sigmas, device):
@@ -776,9 +785,7 @@ class LDMPipeline(DiffusionPipeline):
             return prediction if guidance_scale == 1 else torch.lerp(*prediction.chunk(2), guidance_scale)
 
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            output = scheduler_prediction(
-                self.scheduler, family, self.config.objective, i, t, latents, network
-            )
+            output = scheduler_prediction(self.scheduler, family, self.objective, i, t, latents, network)
             latents = self.scheduler.step(output, t, latents, **step_kwargs)[0]
             if callback_on_step_end is not None:
                 values = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ldm_pipeline import build_unet
-from ldm_pipeline.pipeline import Condition, alpha_sigma
+from ldm_pipeline.pipeline import Condition, Objective
 from training.config import DenoiserConfig, objective_of
 from training.losses.denoising import (
     DenoisingLoss,
@@ -26,7 +26,7 @@ class Knowing(nn.Module):
         self.prediction_type, self.objective, self.clean = prediction_type, objective, clean
 
     def forward(self, noisy, timesteps, return_dict):
-        alpha, sigma = (value.view(-1, 1, 1, 1) for value in alpha_sigma(self.objective, timesteps))
+        alpha, sigma = (value.view(-1, 1, 1, 1) for value in self.objective.alpha_sigma(timesteps))
         noise = (noisy - alpha * self.clean) / sigma
         by_type = {"epsilon": noise, "v_prediction": alpha * noise - sigma * self.clean}
         return (by_type.get(self.prediction_type, noise - self.clean),)
@@ -34,7 +34,7 @@ class Knowing(nn.Module):
 
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_a_denoiser_that_knows_the_image_has_no_error(prediction_type):
-    objective = objective_of(DenoiserConfig(prediction_type=prediction_type))
+    objective = Objective(objective_of(DenoiserConfig(prediction_type=prediction_type)))
     clean, noise = torch.randn(2, 64, 2, 4, 4)
     timesteps = draw_timesteps(
         DenoiserConfig(prediction_type=prediction_type), stratified(torch.rand(64)) * 0.9 + 0.05
@@ -58,7 +58,7 @@ def test_uniform_timesteps_reach_the_whole_range_and_no_further(prediction_type)
     config = DenoiserConfig(prediction_type=prediction_type, timestep_density="uniform")
     timesteps = draw_timesteps(config, stratified(torch.rand(4000)))
     assert 0 <= timesteps.min() < 1 and 998 < timesteps.max() <= 1000
-    alpha_sigma(objective_of(config), timesteps)  # every index exists
+    Objective(objective_of(config)).alpha_sigma(timesteps)  # every index exists
 
 
 @pytest.mark.parametrize("prediction_type", TYPES)

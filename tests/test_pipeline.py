@@ -12,11 +12,10 @@ from diffusers import AutoencoderDC, AutoencoderKL, UNet2DModel
 from ldm_pipeline import LDMPipeline, set_latent_statistics
 from ldm_pipeline.pipeline import (
     Condition,
-    alpha_sigma,
+    Objective,
     clean_and_noise,
     denoise,
     denormalize_latents,
-    network_point,
     normalize_latents,
     prediction_target,
 )
@@ -293,11 +292,11 @@ def test_normalisation_is_inverted_and_survives_saving(kind, tmp_path, caplog, m
             normalize_latents(wrong, latents)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow_prediction", "sample"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow_prediction"])
 def test_a_prediction_implies_what_it_was_made_of(prediction_type):
     clean, noise = torch.randn(2, 3, 4, 2, 2, generator=generators(0)[0])
     for objective in (FLOW, {"prediction_type": "v_prediction", **VP}):
-        alpha, sigma = alpha_sigma(objective, torch.tensor([10, 500, 990]))
+        alpha, sigma = Objective(objective).alpha_sigma(torch.tensor([10, 500, 990]))
         noisy = alpha.view(3, 1, 1, 1) * clean + sigma.view(3, 1, 1, 1) * noise
         target = prediction_target(prediction_type, clean, noise, alpha, sigma)
         implied = clean_and_noise(prediction_type, target, noisy, alpha, sigma)
@@ -314,8 +313,8 @@ def test_v_and_flow_are_finite_on_the_whole_path():
 
 def test_zero_terminal_snr():
     objective = {"prediction_type": "v_prediction", **VP, "rescale_betas_zero_snr": True}
-    alpha, sigma = alpha_sigma(objective, torch.tensor([999]))
-    assert alpha.item() == 0 and sigma.item() == 1 and network_point(objective, 0.0, 1.0)[0] == 999
+    alpha, sigma = Objective(objective).alpha_sigma(torch.tensor([999]))
+    assert alpha.item() == 0 and sigma.item() == 1 and Objective(objective).network_point(0.0, 1.0)[0] == 999
     scheduler = diffusers.DDIMScheduler(**objective, clip_sample=False, timestep_spacing="trailing")
     assert sample(tiny_pipe(objective, scheduler)).isfinite().all()
     with pytest.raises(ValueError, match="use prediction_type='v_prediction'"):
@@ -367,7 +366,7 @@ def test_dropping_conditions():
     dropped = condition.drop(torch.tensor([True, False, True]), null)
     assert dropped.class_labels.tolist() == [3, 1, 3] and condition.class_labels.tolist() == [0, 1, 2]
     assert Condition().drop(torch.tensor([True]), Condition()).class_labels is None
-    assert Condition.null(tiny_unet(None), 3).given() == {}
+    assert Condition.null(tiny_unet(None), 3) == Condition()
 
 
 def test_components_must_fit():

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ldm_pipeline.pipeline import LDMPipeline, latent_size
+from ldm_pipeline.pipeline import LDMPipeline, latent_shape, num_classes
 from training.config import RunError
 from training.data.latents import LatentDataset, encode
 from training.evaluation.features import FeatureNetwork, load_network, real_features, sha256_of, short
@@ -78,8 +78,7 @@ def evaluate(run: Run) -> None:
         held_out = LatentDataset(
             run.folder / "latents", "held_out", pipeline.vae, run.device, run.config.latents.resident
         )
-        objective = pipeline.config.objective
-        figures |= validation_loss(run, pipeline.unet, objective, held_out, config.num_images)
+        figures |= validation_loss(run, pipeline.unet, pipeline.objective, held_out, config.num_images)
     setting = settings[0]
     if network is None:
         run.print("evaluation: --evaluation.num_samples 0, so no figures of samples")
@@ -109,13 +108,13 @@ def open_pipeline(run: Run) -> LDMPipeline:
             pipeline = LDMPipeline.from_pretrained(source).to(run.device)
         except (OSError, ValueError) as error:
             raise RunError(f"--evaluation.pipeline {source} cannot be loaded: {error}") from error
-    classes, names = pipeline.unet.config.get("num_class_embeds"), run.data.id2label
-    if classes and names and classes - 1 != len(names):
+    classes, names = num_classes(pipeline.denoiser), run.data.id2label
+    if classes and names and classes != len(names):
         raise RunError(
-            f"{source} has {classes - 1} classes, the data has {len(names)}: choose other data "
+            f"{source} has {classes} classes, the data has {len(names)}: choose other data "
             "(--data.dataset, --data.label_column)"
         )
-    image = torch.zeros(1, pipeline.unet.config.out_channels, *latent_size(pipeline.unet))
+    image = torch.zeros(1, *latent_shape(pipeline.denoiser))
     shape = pipeline.vae.decode(image.to(run.device, pipeline.vae.dtype)).sample.shape[1:]
     wanted = (run.config.data.channels, run.config.data.resolution, run.config.data.resolution)
     if tuple(shape) != wanted:

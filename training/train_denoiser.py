@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from ldm_pipeline.models import build_scheduler, load_autoencoder
-from ldm_pipeline.pipeline import Condition, LDMPipeline
+from ldm_pipeline.pipeline import Condition, LDMPipeline, num_classes
 from training.config import DenoiserConfig, RunError
 from training.data.latents import LatentDataset
 from training.data.order import batch_flips, batch_indices, seeded_generator, slice_of_batch
@@ -62,9 +62,9 @@ def train_denoiser(run: Run) -> None:
     pipeline = LDMPipeline(
         autoencoder,
         unet,
-        build_scheduler(trained.objective),
-        trained.objective,
-        run.data.id2label if unet.config.num_class_embeds else None,
+        build_scheduler(trained.objective.config),
+        trained.objective.config,
+        run.data.id2label if num_classes(unet) else None,
         defaults_of(config, unet),
     )
     if config.compile:
@@ -179,7 +179,7 @@ def condition_of(latents: LatentDataset, unet: nn.Module, indices: Tensor, dropp
 
 def defaults_of(config: DenoiserConfig, unet: nn.Module) -> dict:
     """What the finished pipeline draws with where a call says nothing else."""
-    guidance = {"guidance_scale": config.guidance_scale} if unet.config.num_class_embeds else {}
+    guidance = {"guidance_scale": config.guidance_scale} if num_classes(unet) else {}
     return {"num_inference_steps": config.sample_steps} | guidance
 
 

@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm_pipeline.models import build_scheduler
-from ldm_pipeline.pipeline import LDMPipeline, scheduler_family
+from ldm_pipeline.pipeline import LDMPipeline, num_classes, scheduler_family
 from training.config import RunError
 from training.data.order import seeded_generator
 from training.evaluation.features import FeatureNetwork, sha256_of, short
@@ -67,7 +67,7 @@ def settings_of(run: Run, pipeline: LDMPipeline) -> list[Setting]:
         RunError: if one of them cannot draw.
     """
     config, defaults = run.config.evaluation, pipeline.config.defaults or {}
-    classes = pipeline.unet.config.get("num_class_embeds")
+    classes = num_classes(pipeline.denoiser)
     scales = config.guidance_scales or [defaults.get("guidance_scale", 1.0) if classes else 1.0]
     if not classes and set(scales) != {1.0}:
         raise RunError(
@@ -95,11 +95,11 @@ def sample_labels(run: Run, pipeline: LDMPipeline, count: int) -> Tensor | None:
 
     Image i has the same class whatever the count: places of the golden ratio's sequence, which fills evenly.
     """
-    embeds = pipeline.unet.config.get("num_class_embeds")
-    if not embeds:
+    classes = num_classes(pipeline.denoiser)
+    if not classes:
         return None
     labels = run.data.train.labels
-    labels = torch.arange(embeds - 1) if labels is None else labels.sort().values
+    labels = torch.arange(classes) if labels is None else labels.sort().values
     places = ((torch.arange(count, dtype=torch.float64) + 0.5) * GOLDEN) % 1
     return labels[(places * len(labels)).long()]
 

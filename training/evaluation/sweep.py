@@ -5,7 +5,7 @@ import io
 import json
 from pathlib import Path
 
-from ldm_pipeline.pipeline import LDMPipeline
+from ldm_pipeline.pipeline import LDMPipeline, num_classes
 from training.evaluation.features import FeatureNetwork
 from training.evaluation.metrics import Reference
 from training.evaluation.plots import save_sweep
@@ -77,7 +77,7 @@ def save_defaults(run: Run, pipeline: LDMPipeline, setting: Setting) -> None:
         index = read_json(folder / "model_index.json")
         index["scheduler"] = ["diffusers", type(setting.scheduler).__name__]
         index["defaults"] = {"num_inference_steps": setting.num_inference_steps}
-        if pipeline.unet.config.get("num_class_embeds"):
+        if num_classes(pipeline.denoiser):
             index["defaults"]["guidance_scale"] = setting.guidance_scale
         write_json(folder / "model_index.json", index)
     run.print(f"{folder} now draws with {json.dumps(setting.describe())}")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from ldm_pipeline.pipeline import Condition, LDMPipeline
+from ldm_pipeline.pipeline import Condition, LDMPipeline, Objective, num_classes
 from training.data.latents import LatentDataset, encode
 from training.data.order import seeded_generator
 from training.evaluation.plots import save_grid
@@ -87,7 +87,9 @@ def measure_reconstruction(
     return {key: (total / sums[0]).item() for key, total in zip(names, sums[1:], strict=False)}
 
 
-def validation_loss(run: Run, unet: nn.Module, objective: dict, latents: LatentDataset, limit: int) -> dict:
+def validation_loss(
+    run: Run, unet: nn.Module, objective: Objective, latents: LatentDataset, limit: int
+) -> dict:
     """Squared error of the prediction on the first `limit` held-out images, with fixed noise and timesteps.
 
     Timesteps are uniform, whatever the training density: "val_loss" is the mean, "val_loss_by_timestep" the
@@ -98,9 +100,7 @@ def validation_loss(run: Run, unet: nn.Module, objective: dict, latents: LatentD
     draws = seeded_generator("cpu", run.config.seed, "validation")
     noise, posterior_noise = (torch.randn(count, *latents.shape, generator=draws) for _ in range(2))
     bins = torch.arange(count) % BINS
-    times = network_timesteps(
-        objective["prediction_type"], (bins + torch.rand(count, generator=draws)) / BINS
-    )
+    times = network_timesteps(objective.prediction_type, (bins + torch.rand(count, generator=draws)) / BINS)
     sums = torch.zeros(2, BINS, device=device)
     batches = torch.arange(count).split(run.config.evaluation.batch_size)
     rest = -len(batches) % accelerator.num_processes
@@ -109,7 +109,7 @@ def validation_loss(run: Run, unet: nn.Module, objective: dict, latents: LatentD
         for number in range(accelerator.process_index, len(batches) + rest, accelerator.num_processes):
             indices, counted = batches[number % len(batches)], float(number < len(batches))
             clean = latents.batch(indices, torch.zeros_like(indices), posterior_noise[indices].to(device))
-            labels = latents.class_labels(indices) if unet.config.num_class_embeds else None
+            labels = latents.class_labels(indices) if num_classes(unet) else None
             errors, _ = denoising_errors(
                 unet,
                 objective,
@@ -135,7 +135,7 @@ def draw_grid(
     Every image has a generator of its own, so the pictures do not depend on the number of processes.
     """
     accelerator = run.accelerator
-    classes = (pipeline.unet.config.num_class_embeds or 1) - 1
+    classes = num_classes(pipeline.denoiser)
     columns = min(classes, 10) or 8
     count = rows * columns
     per_process = -(-count // accelerator.num_processes)

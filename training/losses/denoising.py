@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ldm_pipeline.pipeline import Condition, alpha_sigma, denoise, prediction_target
+from ldm_pipeline.pipeline import Condition, Objective, denoise
 from training.config import DenoiserConfig, objective_of
 
 
@@ -60,21 +60,26 @@ class Uncertainty(nn.Module):
 
 
 def denoising_errors(
-    unet: nn.Module, objective: dict, clean: Tensor, noise: Tensor, timesteps: Tensor, condition: Condition
+    unet: nn.Module,
+    objective: Objective,
+    clean: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    condition: Condition,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Mean squared error of the prediction for each latent, `(N,)`, and the path's alpha and sigma, `(N,)`.
 
     Args:
-        objective: the `objective` of an LDMPipeline.
+        objective: what the network predicts, and its path.
         clean: normalised latents `(N, C, h, w)`.
         noise: standard normal, like `clean`.
         timesteps: `(N,)` in [0, 1000].
     """
-    alpha, sigma = alpha_sigma(objective, timesteps)
+    alpha, sigma = objective.alpha_sigma(timesteps)
     noisy = alpha.view(-1, 1, 1, 1) * clean + sigma.view(-1, 1, 1, 1) * noise
     prediction = denoise(unet, noisy, timesteps, condition).float()
-    target = prediction_target(objective["prediction_type"], clean, noise, alpha, sigma)
-    return (prediction - target).square().mean((1, 2, 3)), (alpha, sigma)
+    target = objective.target(clean, noise, alpha, sigma)
+    return (prediction - target).square().flatten(1).mean(1), (alpha, sigma)
 
 
 class DenoisingLoss(nn.Module):
@@ -90,7 +95,7 @@ class DenoisingLoss(nn.Module):
         self.unet = unet
         self.uncertainty = Uncertainty() if config.loss_weight == "uncertainty" else None
         self.config = config
-        self.objective = objective_of(config)
+        self.objective = Objective(objective_of(config))
 
     def forward(
         self, clean: Tensor, noise: Tensor, timesteps: Tensor, condition: Condition
