@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import BaseFileLock
 
-from ldm_pipeline.pipeline import latent_size
+from ldm_pipeline.pipeline import latent_shape
 from training.config import Config, RunError
 from training.data.images import ImageData, load_images
 from training.data.scan import Scan, scan
@@ -108,7 +108,7 @@ def start(config: Config, stages: list[str]) -> Run:
             f"{socket.gethostname()} does not see {folder.absolute()}: the machines of a run need one "
             "--output_dir that they share"
         )
-    shape = (networks[1].config.out_channels, *latent_size(networks[1])) if networks else None
+    shape = latent_shape(networks[1]) if networks else None
     interruption = None if config.dry_run else Interruption()
     return Run(config, accelerator, folder, data, shape, interruption, lock)
 
