@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from ldm_pipeline.card import check_names, render_card
-from ldm_pipeline.card_parts import number_of_classes, sampling_settings
-from ldm_pipeline.pipeline import LDMPipeline
+from ldm_pipeline.card_parts import sampling_settings
+from ldm_pipeline.pipeline import LDMPipeline, num_classes
 from ldm_pipeline.run_files import RunFiles, find_run, raw_weights, read_run
 
 COMPONENTS = ("vae", "unet", "scheduler")
@@ -129,7 +129,7 @@ def _pictures(run: Path | None, target: Path, pipe, found: RunFiles, show_data: 
 
 def draw(pipe: LDMPipeline, settings: dict, count: int) -> np.ndarray:
     """Pictures (N, H, W, C) uint8 of the classes in turn, or evenly among many, from fixed noise."""
-    classes = number_of_classes(pipe)
+    classes = num_classes(pipe.denoiser)
     if classes:
         labels = [i * classes // count if classes > count else i % classes for i in range(count)]
         settings = settings | {"class_labels": labels}
