@@ -8,7 +8,7 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 from jinja2 import Environment, StrictUndefined
 
 from ldm_pipeline import card_parts
-from ldm_pipeline.pipeline import LDMPipeline
+from ldm_pipeline.pipeline import LDMPipeline, num_classes
 from ldm_pipeline.run_files import RunFiles
 
 
@@ -73,7 +73,7 @@ def template_path() -> Path:
 
 
 def _front_matter(pipe: LDMPipeline, run: RunFiles, repo_id: str, license: str) -> dict:
-    classes = card_parts.number_of_classes(pipe)
+    classes = num_classes(pipe.denoiser)
     results = [*_results(run, "reconstruction"), *_results(run, "samples")] if run.dataset else []
     return ModelCardData(
         license=license,
