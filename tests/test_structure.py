@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -14,46 +15,65 @@ from conftest import ROOT
 from training import publish_ldm
 from training.config import parse_config
 
-SCRIPTS = {
-    "train_ldm",
-    "train_autoencoder",
-    "encode_latents",
-    "train_denoiser",
-    "evaluate_ldm",
-    "publish_ldm",
-}
 README = (ROOT / "README.md").read_text()
+# From what people run down to what everything rests on. A module imports from its own layer and those below.
+LAYERS = (
+    "train_ldm train_autoencoder encode_latents train_denoiser evaluate_ldm publish_ldm",
+    "stages",
+    "dry_run",
+    "evaluation",
+    "runtime",
+    "networks losses",
+    "data",
+    "config",
+)
 
 
 def imports(path: Path) -> set[str]:
-    found = set()
+    """Names of all modules that a file imports, wherever it does so."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add("." * node.level + (node.module or ""))
-    return found
+            base = "." * node.level + (node.module or "")
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return names
 
 
-def test_imports_point_from_scripts_to_helpers_to_the_package():
-    for path in (ROOT / "ldm_pipeline").glob("*.py"):
-        assert not [
-            name for name in imports(path) if name.split(".")[0] in ("training", "benchmarks", "tests")
-        ], path
-    assert not [
-        n for n in imports(ROOT / "ldm_pipeline" / "pipeline.py") if n.startswith((".", "ldm_pipeline"))
-    ]
-    for path in (ROOT / "training").glob("*.py"):
-        if path.stem != "train_ldm":
-            assert not [n for n in imports(path) if n.removeprefix("training.") in SCRIPTS], path
+def modules(folder: str) -> dict[str, Path]:
+    """Our modules below a folder, by their dotted names."""
+    paths = (path for path in sorted((ROOT / folder).rglob("*.py")) if path.name != "__init__.py")
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
 
 
-def test_no_module_hides_a_dependency():
+def test_imports_point_one_way_from_layer_to_layer():
+    layer = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
+    for name, path in modules("training").items():
+        own = layer[name.split(".")[1]]
+        for other in imports(path) & modules("training").keys():
+            assert own <= layer[other.split(".")[1]], f"{name} imports {other}, which is above it"
+            assert own > 0 or own < layer[other.split(".")[1]] or name == "training.train_ldm", (name, other)
+
+
+def test_the_package_imports_nothing_of_the_checkout_and_the_pipeline_nothing_of_ours():
+    for name, path in modules("ldm_pipeline").items():
+        assert not {n for n in imports(path) if n.split(".")[0] in ("training", "benchmarks", "tests")}, name
+    assert not {n for n in imports(ROOT / "ldm_pipeline/pipeline.py") if n.startswith((".", "ldm_pipeline"))}
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    ours = modules("training") | modules("ldm_pipeline")
+    graph = {name: imports(path) & ours.keys() for name, path in ours.items()}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_no_module_or_folder_hides_a_dependency():
+    """The folder of a script is first on sys.path, so `import data` would find ours."""
     installed = {name for d in distributions() for name in (d.read_text("top_level.txt") or "").split()}
-    own = {path.stem for path in (ROOT / "training").glob("*.py")} - {"__init__"}
-    assert not own & (
-        installed | {"datasets", "evaluate", "torch", "diffusers", "accelerate"} | sys.stdlib_module_names
-    )
+    installed |= {"datasets", "evaluate", "torch", "diffusers", "accelerate"} | sys.stdlib_module_names
+    own = {path.stem for path in (ROOT / "training").iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert not (own - {"__init__", "__pycache__"}) & installed
 
 
 def test_the_wheel_carries_the_package_alone(tmp_path):

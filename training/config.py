@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
@@ -34,6 +34,14 @@ def redact(text: str) -> str:
         if value := os.environ.get(name):
             text = text.replace(value, "***")
     return re.sub(r"hf_\w{8,}|(?<=://)[^/@\s]+(?=@)", "***", text)
+
+
+def fail(error: RunError) -> NoReturn:
+    """Exit with code 2 and the message alone; with several processes it names the rank."""
+    sys.stdout.flush()
+    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    print(f"{rank}error: {redact(str(error))}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 @dataclass
@@ -256,6 +264,8 @@ class Config:
     """Seed of everything random: weights, order, noise, pictures."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """Arithmetic of the networks; weights stay float32. auto: bf16 where the hardware has it, else no."""
+    num_threads: int | None = None
+    """CPU threads of a process. Unset: the cores that it may use; in a continued run, as many as before."""
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     """Loggers beside metrics.jsonl; need the extra "trackers"."""
     redo: list[Literal["autoencoder", "latents", "denoiser", "evaluation"]] = field(default_factory=list)
@@ -515,6 +525,18 @@ def parse_config(argv: list[str] | None = None, stages: Sequence[str] | None = N
     if stages and (unknown := set(config.redo) - set(stages)):
         raise RunError(f"--redo {sorted(unknown)}: this script does {', '.join(stages)}; use train_ldm.py")
     return config
+
+
+def command_line(*stages: str) -> Config:
+    """The configuration of this process's command line; exits with code 2 for what its user can mend.
+
+    Args:
+        stages: what this script does. Default: all.
+    """
+    try:
+        return parse_config(stages=stages)
+    except RunError as error:
+        fail(error)
 
 
 def objective_of(config: DenoiserConfig) -> dict:

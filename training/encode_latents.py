@@ -1,9 +1,9 @@
 """Stage 2: encode every image and its mirror image into posterior moments on disk; measure statistics."""
 
 if __name__ == "__main__":  # first, so that a typo is answered before torch is imported
-    from training.config import parse_config
+    from training.config import command_line
 
-    CONFIG = parse_config(stages=["latents"])
+    CONFIG = command_line("latents")
 
 import time
 from pathlib import Path

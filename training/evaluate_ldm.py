@@ -1,9 +1,9 @@
 """Stage 4: figures and pictures of a finished model, and how they were measured."""
 
 if __name__ == "__main__":  # first, so that a typo is answered before torch is imported
-    from training.config import parse_config
+    from training.config import command_line
 
-    CONFIG = parse_config(stages=["evaluation"])
+    CONFIG = command_line("evaluation")
 
 import hashlib
 import json

@@ -1,14 +1,12 @@
 """The stages of a job in their order: which are skipped, and how a run ends."""
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 
-from training.config import Config, RunError, redact
+from training.config import Config, RunError, fail
 from training.dry_run import describe_plan, save_data_grid
 from training.runtime.checkpoints import found_checkpoints
 from training.runtime.folder import close_folder
@@ -82,11 +80,3 @@ def continuation(run: Run, stage: Stage) -> str:
     if stage.name in ("latents", "evaluation"):
         state = "what is done is kept"
     return f"{state}. The same command goes on from there."
-
-
-def fail(error: RunError) -> NoReturn:
-    """Exit with code 2 and the message alone; with several processes it names the rank."""
-    sys.stdout.flush()
-    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    print(f"{rank}error: {redact(str(error))}", file=sys.stderr, flush=True)
-    sys.exit(2)

@@ -1,9 +1,9 @@
 """Stage 1: train the autoencoder, or take an existing one."""
 
 if __name__ == "__main__":  # first, so that a typo is answered before torch is imported
-    from training.config import parse_config
+    from training.config import command_line
 
-    CONFIG = parse_config(stages=["autoencoder"])
+    CONFIG = command_line("autoencoder")
 
 from contextlib import nullcontext
 

@@ -1,9 +1,9 @@
 """Stage 3: train the denoiser on the latents."""
 
 if __name__ == "__main__":  # first, so that a typo is answered before torch is imported
-    from training.config import parse_config
+    from training.config import command_line
 
-    CONFIG = parse_config(stages=["denoiser"])
+    CONFIG = command_line("denoiser")
 
 from contextlib import nullcontext
 

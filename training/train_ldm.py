@@ -1,11 +1,11 @@
 """The main job: images in, a Diffusers pipeline out. The same command continues a run that was stopped."""
 
-from training.config import parse_config
+from training.config import command_line
 
 
 def main() -> None:
     """Run the four stages; each is skipped where its result stands."""
-    config = parse_config()
+    config = command_line()
 
     # Imported here, because torch and Diffusers take seconds and a typo is answered at once.
     from training.encode_latents import encode_latents, latents_stand

@@ -15,20 +15,32 @@ from accelerate.utils import (
     set_seed,
 )
 
-from training.config import Config
+from training.config import Config, RunError
 
 
-def build_accelerator(config: Config) -> Accelerator:
-    """The processes and their arithmetic."""
+def build_accelerator(config: Config, earlier_threads: int | None = None) -> Accelerator:
+    """Start the processes with their precision and threads, seed them, and print one line that says so.
+
+    On a CPU `config.num_threads` becomes the number that was chosen.
+
+    Args:
+        earlier_threads: the number that this run had before, if it is a continuation.
+
+    Raises:
+        RunError: for a precision or a launcher's option that this machine cannot serve.
+    """
     # A scan or a download by one process may take longer than the usual time-out of those that wait for it.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
     # Several processes on CPUs are found by Accelerate only if it is told that it has nothing but CPUs.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu, **patience.to_kwargs())
+    threads = ""
     if state.device.type == "cpu":
-        # `accelerate launch` gives a CPU process one thread unless told.
-        if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-            torch.set_num_threads(cpu_threads())
+        config.num_threads, note = choose_threads(config.num_threads, earlier_threads)
+        torch.set_num_threads(config.num_threads)
+        threads = f" with {config.num_threads} thread{'s' if config.num_threads > 1 else ''}"
+        if note:
+            state.print(note)
         # SiLU of -90 is a denormal number, and a convolution of those takes three times as long.
         torch.set_flush_denormal(True)
     if missing := [name for name in config.trackers if find_spec(name) is None]:
@@ -45,10 +57,10 @@ def build_accelerator(config: Config) -> Accelerator:
         project_config=ProjectConfiguration(config.output_dir, logging_dir=f"{config.output_dir}/logs"),
     )
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
-        raise ValueError("Accelerate shards (FSDP) on several accelerators only: leave out --use_fsdp here")
+        raise RunError("Accelerate shards (FSDP) on several accelerators only: leave out --use_fsdp here")
     set_seed(config.seed)
     accelerator.print(
-        f"{state.num_processes} x {state.device.type}, mixed_precision {accelerator.mixed_precision}"
+        f"{state.num_processes} x {state.device.type}{threads}, mixed_precision {accelerator.mixed_precision}"
     )
     if state.num_processes == 1 and cpu and "MASTER_ADDR" in os.environ:
         accelerator.print(
@@ -61,7 +73,7 @@ def build_accelerator(config: Config) -> Accelerator:
 def choose_precision(setting: str, device: str) -> str:
     """Accelerate's name of the arithmetic: bf16 where the hardware has it, unless `setting` decides."""
     if setting == "bf16" and device == "mps":
-        raise ValueError("--mixed_precision bf16: Apple's GPUs compute in float32 here; use auto or no")
+        raise RunError("--mixed_precision bf16: Apple's GPUs compute in float32 here; use auto or no")
     if setting != "auto":
         return setting
     if device == "cuda":
@@ -75,7 +87,28 @@ def cpu_capabilities() -> dict:
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
-def cpu_threads() -> int:
-    """This process's share of the cores it may use."""
+def choose_threads(wanted: int | None, earlier: int | None) -> tuple[int, str | None]:
+    """CPU threads of this process, and a line to print if a continued run cannot have those it had.
+
+    The last bits of a sum depend on their number, so a continuation keeps it. In this order count
+    `--num_threads`, OMP_NUM_THREADS of a plain start, the earlier number, the cores that it may use.
+    """
+    usable = usable_cores()
+    if wanted:
+        return wanted, None
+    # `accelerate launch` and torchrun set the variable themselves, from all cores of the machine.
+    launched = any(name in os.environ for name in ("LOCAL_WORLD_SIZE", "ACCELERATE_DYNAMO_BACKEND"))
+    if not launched and os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        return int(os.environ["OMP_NUM_THREADS"]), None
+    if earlier and earlier > usable:
+        return usable, (
+            f"warning: this run had {earlier} threads and may use {usable} now, so its last bits may differ "
+            f"from those of an uninterrupted run; --num_threads {earlier} keeps them, slowly"
+        )
+    return earlier or usable, None
+
+
+def usable_cores() -> int:
+    """This process's share of the cores that it may use: those of its affinity, not of the machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

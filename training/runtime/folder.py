@@ -50,7 +50,7 @@ def check_folder(config: Config, say: Callable[[str], None] = print) -> None:
         raise ValueError(f"{run} is not empty and not a run folder: choose another --output_dir")
     kept = [stage for stage in list(STAGES)[: _first_redone(config)] if (run / STAGES[stage][0]).exists()]
     fatal = {}
-    for key, (old, new) in _differences(_read(run), _remembered(config)):
+    for key, (old, new) in _differences(read_stored(run), _remembered(config)):
         say(redact(f"configuration changed: {key}: {old} -> {new}"))
         if stage := _bound_stage(key, kept):
             fatal[key] = stage
@@ -115,7 +115,7 @@ def open_folder(config: Config) -> Path:
     `--redo` is remembered until the run has ended, so the same command continues what it has begun.
     """
     run = Path(config.output_dir)
-    if config.redo and config.redo != _read(run).get("redo"):
+    if config.redo and config.redo != read_stored(run).get("redo"):
         for result in [
             run / name for stage in list(STAGES)[_first_redone(config) :] for name in STAGES[stage]
         ]:
@@ -127,14 +127,15 @@ def open_folder(config: Config) -> Path:
 
 def close_folder(run: Path) -> None:
     """Forget a finished `--redo`: the next one starts anew."""
-    _write(run, _read(run) | {"redo": []})
+    _write(run, read_stored(run) | {"redo": []})
 
 
 def _first_redone(config: Config) -> int:
     return min((list(STAGES).index(stage) for stage in config.redo), default=len(STAGES))
 
 
-def _read(run: Path) -> dict:
+def read_stored(run: Path) -> dict:
+    """The configuration that a run folder keeps; empty if there is none. ValueError if it is damaged."""
     stored = run / "config.yaml"
     if not stored.exists():
         return {}

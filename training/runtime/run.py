@@ -18,7 +18,7 @@ from training.data.scan import Scan, scan
 from training.networks import check_data, check_networks
 from training.runtime.accelerator import build_accelerator
 from training.runtime.atomic import read_json, write_json
-from training.runtime.folder import check_folder, check_space, lock_folder, open_folder
+from training.runtime.folder import check_folder, check_space, lock_folder, open_folder, read_stored
 from training.runtime.signals import Interruption
 
 Result = TypeVar("Result")
@@ -86,11 +86,11 @@ def start(config: Config, stages: list[str]) -> Run:
     Raises:
         RunError: with what was found, what is wanted and which option changes it.
     """
-    accelerator = build_accelerator(config)
+    folder = Path(config.output_dir)
+    accelerator = build_accelerator(config, read_stored(folder).get("num_threads"))
     trains = stages != ["evaluation"]
     networks = check_networks(config, accelerator.num_processes) if trains else None
     check_folder(config, accelerator.print)
-    folder = Path(config.output_dir)
     lock = lock_folder(folder) if accelerator.is_main_process and not config.dry_run else None
     with accelerator.main_process_first():  # one downloads and scans
         data = load_images(config.data)
