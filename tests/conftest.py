@@ -1,21 +1,53 @@
 """Shared helpers: real processes on a tiny run."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
-ROOT = Path(__file__).parent.parent
+# One core and one thread for each worker of xdist and its children: two with two threads wait for each other.
+# Before torch is imported, which looks at it once.
+if hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    os.sched_setaffinity(0, {cores[worker % len(cores)]})
+os.environ.pop("OMP_NUM_THREADS", None)
+
+from fork_server import ROOT, Child, environment  # noqa: E402
+
 TINY = ROOT / "training" / "configs" / "tiny.yaml"
 
 
-def command(script: str, *options: str, processes: int = 0, config: Path = TINY) -> list[str]:
-    """A training script on the CPU, under `accelerate launch` if a number of processes is given.
+def start(script: str | Path, *options, config: Path = TINY, **more) -> Child:
+    """Begin a training script in one process on the CPU, offline; `more` as for `Child`."""
+    return Child(script, "--config", config, *options, **more)
 
-    Without it a script runs all the same, and starts some seconds sooner.
+
+def launch(script: str | Path, *options, processes: int = 0, config: Path = TINY, check: bool = True, **more):
+    """Run a training script to its end, offline: forked, or by `processes` under `accelerate launch`.
+
+    Returns a finished process with returncode, stdout and stderr.
     """
+    if processes:
+        finished = subprocess.run(
+            command(script, *options, processes=processes, config=config),
+            **{"capture_output": True, "text": True, "env": environment(), "timeout": 600, **more},
+        )
+    else:
+        finished = start(script, *options, config=config, **more)
+        finished.wait(600)
+    if check:
+        assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-6000:]
+        assert f"{processes or 1} x cpu" in finished.stdout
+    return finished
+
+
+def command(script: str | Path, *options, processes: int = 0, config: Path = TINY) -> list[str]:
+    """The command line of a training script, under `accelerate launch` if a number of processes is given."""
     # `accelerate launch --cpu` would start one process, whatever --num_processes says.
     several = ("--multi_gpu", "--main_process_port", "0") if processes > 1 else ("--cpu",)
     launcher = [
@@ -28,27 +60,16 @@ def command(script: str, *options: str, processes: int = 0, config: Path = TINY)
     ]
 
 
-def launch(script: str, *options: str, processes: int = 0, config: Path = TINY, check: bool = True, cwd=None):
-    """Run a training script to its end, offline; returns the finished process."""
-    finished = subprocess.run(
-        command(script, *options, processes=processes, config=config),
-        capture_output=True, text=True, cwd=cwd, env=environment(), timeout=600,
-    )  # fmt: skip
-    if check:
-        assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-6000:]
-        assert f"{processes or 1} x cpu" in finished.stdout
-    return finished
-
-
-def environment() -> dict[str, str]:
-    """The environment of a child: no Hub, no accelerator, no progress bars."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "true"}
-
-
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
-    """The run folder of the whole main job on the tiny configuration."""
-    folder = tmp_path_factory.mktemp("tiny") / "run"
-    finished = launch("train_ldm.py", "--output_dir", folder, "--trackers", "[tensorboard]", processes=1)
-    (folder.parent / "stdout.txt").write_text(finished.stdout)
-    return folder
+    """The run folder of the whole main job on the tiny configuration; each worker of xdist has a copy."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared-tiny"
+    with FileLock(f"{shared}.lock"):
+        if not (shared / "stdout.txt").exists():
+            options = ("--output_dir", shared / "run", "--trackers", "[tensorboard]")
+            finished = launch("train_ldm.py", *options)
+            (shared / "stdout.txt").write_text(finished.stdout)
+    folder = tmp_path_factory.mktemp("tiny")
+    shutil.copytree(shared, folder, dirs_exist_ok=True)
+    return folder / "run"

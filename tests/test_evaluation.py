@@ -3,14 +3,12 @@
 import csv
 import json
 import re
-import subprocess
-import sys
-import time
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, environment, launch
+from conftest import launch, start
 from PIL import Image
 
 from ldm_pipeline import LDMPipeline
@@ -83,16 +81,9 @@ def test_two_processes_draw_the_samples_of_one(straight, tiny_run, tmp_path):
 def test_killed_and_restarted_it_measures_the_same(straight, tiny_run, tmp_path):
     options = ["--evaluation.pipeline", tiny_run / "pipeline", "--output_dir", tmp_path]
     options += ["--evaluation.num_samples", SAMPLES, "--evaluation.save_samples", "npz"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "training" / "evaluate_ldm.py", "--config", TINY, *map(str, options)],
-        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while len(done := list(tmp_path.glob("evaluation/UniPC*/*.safetensors"))) < 3:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
+    with start("evaluate_ldm.py", *options) as process:
+        process.wait_until(lambda: len(list(tmp_path.glob("evaluation/UniPC*/*.safetensors"))) >= 3)
+    done = list(tmp_path.glob("evaluation/UniPC*/*.safetensors"))
     assert len(done) < SAMPLES // 16 and not (tmp_path / "metrics.json").exists()
     times = {path: path.stat().st_mtime_ns for path in done}
     launch("evaluate_ldm.py", *options)
@@ -103,7 +94,7 @@ def test_killed_and_restarted_it_measures_the_same(straight, tiny_run, tmp_path)
 def test_a_sweep_in_another_batch_size_and_the_best_of_it(straight, tiny_run, tmp_path):
     """Also: PNG files with their parameters, a stored configuration as the argument, what cannot be meant."""
     run = tmp_path / "run"
-    subprocess.run(["cp", "-r", str(tiny_run), str(run)], check=True)
+    shutil.copytree(tiny_run, run)
     options = [
         "--evaluation.schedulers",
         "[UniPCMultistep, DDIM]",

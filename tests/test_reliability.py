@@ -6,14 +6,15 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from chaos import contents, differences
-from conftest import ROOT, TINY, command, environment, launch
+from conftest import ROOT, command, environment, launch, start
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -21,19 +22,14 @@ from training.runtime.atomic import clean_up, replacing
 from training.runtime.signals import EXIT_CODE
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-ALONE = [sys.executable, str(ROOT / "training" / "train_ldm.py"), "--config", str(TINY)]
 
 
-def run_alone(*options, check: bool = True, prepare: str = "", **more) -> subprocess.CompletedProcess:
-    """The main job in one process, without a launcher; `prepare` is code that runs in it before."""
-    started = [sys.executable, "-c", PREPARED.format(prepare), *ALONE[2:]] if prepare else ALONE
-    finished = subprocess.run(
-        [*started, *map(str, options)], capture_output=True, text=True, timeout=300,
-        **{"env": environment(), **more},
-    )  # fmt: skip
-    if check:
-        assert finished.returncode == 0, finished.stdout + finished.stderr
-    return finished
+run_alone = partial(launch, "train_ldm.py")
+
+
+def code(text: str) -> Callable[[], None]:
+    """Code that a child runs before its script."""
+    return partial(exec, text, {})
 
 
 PREPARED = f"""
@@ -72,33 +68,28 @@ def lines(run: Path, stage: str) -> list[dict]:
     return [line for line in found if line["stage"] == stage]
 
 
-def stop_after(process: subprocess.Popen, run: Path, text: str, sent: int) -> tuple[int, float]:
-    """Signal a process, and its group if it has one, when `text` stands in the log; exit code and seconds."""
-    log, deadline = run / "metrics.jsonl", time.monotonic() + 120
-    while not (log.exists() and text in log.read_text()) and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    if os.getpgid(process.pid) == process.pid:
-        os.killpg(process.pid, sent)
-    else:
-        process.send_signal(sent)
-    begun = time.monotonic()
-    return process.wait(120), time.monotonic() - begun
+def logged(run: Path, text: str) -> bool:
+    """Whether `text` stands in the log of a run."""
+    log = run / "metrics.jsonl"
+    return log.exists() and text in log.read_text()
 
 
-def start(script: str, *options, **more) -> subprocess.Popen:
-    """Begin a script under `accelerate launch`."""
-    return subprocess.Popen(
-        command(script, *options, **more),
+def stop_two_processes(script: str | Path, run: Path, stage: str, options: list[str]) -> None:
+    """Begin with two processes, and send SIGTERM to their launcher in the middle of a stage."""
+    process = subprocess.Popen(
+        command(script, "--output_dir", run, *options, processes=2),
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    while not logged(run, f'"stage": "{stage}", "step": 14'):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.terminate()
+    assert f"stopped in stage {stage}" in process.communicate(timeout=120)[0]
 
 
 def interrupted(run: Path, stage: str, options: list[str]) -> None:
     """Begin a stage with two processes, and after SIGTERM end it with one."""
-    process = start("train_ldm.py", "--output_dir", run, *options, processes=2)
-    stop_after(process, run, f'"stage": "{stage}", "step": 14', signal.SIGTERM)
-    assert f"stopped in stage {stage}" in process.stdout.read()
+    stop_two_processes("train_ldm.py", run, stage, options)
     launch("train_ldm.py", "--output_dir", run, *options)
 
 
@@ -176,10 +167,8 @@ def test_a_sharded_denoiser_is_the_whole_one(tiny_run, tmp_path, monkeypatch):
     for name in ("plain", "sharded", "both"):
         shutil.copytree(tiny_run, tmp_path / name)
     launch(script, "--output_dir", tmp_path / "sharded", *options, processes=2)
-    begun = start(script, "--output_dir", tmp_path / "both", *options, processes=2)
+    stop_two_processes(script, tmp_path / "both", "denoiser", options)
     monkeypatch.undo()
-    stop_after(begun, tmp_path / "both", '"stage": "denoiser", "step": 14', signal.SIGTERM)
-    assert "stopped in stage denoiser" in begun.stdout.read()
     launch("train_ldm.py", "--output_dir", tmp_path / "both", *options)
     launch("train_ldm.py", "--output_dir", tmp_path / "plain", *options)
     for name in ("sharded", "both"):
@@ -191,65 +180,45 @@ def test_a_sharded_denoiser_is_the_whole_one(tiny_run, tmp_path, monkeypatch):
 
 def test_a_signal_saves_first_and_a_second_one_ends_at_once(tmp_path):
     run = tmp_path / "run"
-    options = [*ALONE, "--output_dir", str(run), "--autoencoder.max_steps", "100000"]
+    options = ["--output_dir", run, "--autoencoder.max_steps", "100000"]
     options += ["--autoencoder.checkpoint_every", "100000", "--autoencoder.validate_every", "100000"]
     options += ["--data.num_workers", "2"]  # which a terminal's Ctrl-C reaches too
-    process = subprocess.Popen(
-        options, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    code, seconds = stop_after(process, run, '"step": 6,', signal.SIGINT)
-    printed = process.stdout.read()
-    assert code == EXIT_CODE and seconds < 30
-    saved = int(re.search(r"stopped in stage autoencoder.*checkpoint-(\d+)", printed)[1])
+    with start("train_ldm.py", *options, own_group=True) as process:
+        process.wait_until(lambda: logged(run, '"step": 6,'))
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(30) == EXIT_CODE
+    saved = int(re.search(r"stopped in stage autoencoder.*checkpoint-(\d+)", process.stdout)[1])
     assert saved >= 6 and (run / "autoencoder" / f"checkpoint-{saved}" / "state.json").exists()
     # Held by a step that does not end, a second signal does what it would without this package.
     stuck = "import time, training.train_autoencoder as t\n"
     stuck += "t.optimizer_step = lambda *a: print('stuck', flush=True) or time.sleep(100)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", PREPARED.format(stuck), *options[2:]],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert any(line == "stuck\n" for line in process.stdout)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(1.5)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == -signal.SIGTERM
+    with start("train_ldm.py", *options, prepare=code(stuck)) as process:
+        process.wait_until(lambda: "stuck\n" in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == -signal.SIGTERM
 
 
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
     run = tmp_path / "run"
-    first = subprocess.Popen(
-        [*ALONE, "--output_dir", str(run), "--autoencoder.max_steps", "100000"],
-        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        while not (run / "metrics.jsonl").exists():
-            time.sleep(0.05)
-        second = run_alone("--output_dir", run, "--autoencoder.max_steps", "100000", check=False)
+    options = ["--output_dir", run, "--autoencoder.max_steps", "100000"]
+    with start("train_ldm.py", *options) as first:
+        first.wait_until((run / "metrics.jsonl").exists)
+        second = run_alone(*options, check=False)
         assert second.returncode == 2 and "another process is at work" in second.stderr
         assert first.poll() is None
-    finally:
-        first.kill()
-        first.wait()
 
 
 def test_workers_that_are_spawned_change_nothing(tiny_run, tmp_path):
     """As on Windows and macOS: whatever a worker process receives is pickled."""
-    spawn = "import multiprocessing\nmultiprocessing.set_start_method('spawn', force=True)"
-    script = tmp_path / "job.py"  # a spawned child imports the main module, so there must be one
-    script.write_text(
-        PREPARED.format(f"if __name__ == '__main__':\n    {spawn.replace(chr(10), chr(10) + '    ')}")
-    )
-    finished = subprocess.run(
-        [sys.executable, str(script), *ALONE[2:], f"--output_dir={tmp_path / 'run'}", "--data.num_workers=1"]
-        + ["--evaluation.num_samples=0"],  # every loader is another process that imports for seconds
-        capture_output=True, text=True, timeout=300, env=environment(),
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    measured = re.compile(r"config\.yaml|metrics\.json|evaluation/.*|samples/neighbours\.png")
-    assert not [name for name in differences(tiny_run, tmp_path / "run") if not measured.fullmatch(name)]
+    # Forked from the server that the run was forked from: spawned ones would import for seconds, each.
+    pickled = "import multiprocessing, multiprocessing.forkserver as server\n"
+    pickled += "multiprocessing.set_start_method('forkserver', force=True)\n"
+    pickled += "server._forkserver.ensure_running = lambda: None"
+    run_alone("--output_dir", tmp_path / "run", "--data.num_workers=1", prepare=code(pickled))
+    assert [name for name in differences(tiny_run, tmp_path / "run") if name != "config.yaml"] == []
 
 
 def test_a_step_that_is_not_finite_is_not_applied(tmp_path):
@@ -264,7 +233,7 @@ def damaged(run, latents, step):
     return batch
 module.draw_batch = damaged"""
     run = tmp_path / "run"
-    run_alone("--output_dir", run, prepare=prepare.format(steps=[1, 6]))
+    run_alone("--output_dir", run, prepare=code(prepare.format(steps=[1, 6])))
     skipped = {line["step"]: line["skipped"] for line in lines(run, "denoiser") if "skipped" in line}
     assert skipped == {2: 1, 8: 1}
     for path in run.rglob("*.safetensors"):
@@ -273,7 +242,7 @@ module.draw_batch = damaged"""
     assert {value.item() for name, value in optimizer.items() if name.endswith(".step")} == {10.0}
 
     longer = ["--output_dir", run, "--denoiser.max_steps=40"]
-    stopped = run_alone(*longer, check=False, prepare=prepare.format(steps="range(14, 40)"))
+    stopped = run_alone(*longer, check=False, prepare=code(prepare.format(steps="range(14, 40)")))
     assert stopped.returncode == 2 and "Traceback" not in stopped.stderr
     for part in ("from step 14 on", "mixed_precision no", "checkpoint-16", "images of step 14: ["):
         assert part in stopped.stderr, stopped.stderr
@@ -291,7 +260,7 @@ def test_an_error_of_one_process_ends_all_with_its_message(tmp_path):
         Image.new("L", (16, 16), number).save(images / f"{number:02d}.png")
     options = ["--output_dir", run, "--data.dataset", images, "--autoencoder.batch_size", "8"]
     options += ["--denoiser.batch_size", "8", "--denoiser.class_conditional", "false"]
-    launch("train_autoencoder.py", *options, "--autoencoder.max_steps=5", processes=2)
+    launch("train_autoencoder.py", *options, "--autoencoder.max_steps=5")
     for number in (7, 20, 33, 41, 50):
         path = images / f"{number:02d}.png"
         stat = path.stat()
@@ -307,8 +276,7 @@ def test_an_error_of_one_process_ends_all_with_its_message(tmp_path):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(tiny_run, tmp_path):
     run = tmp_path / "run"
     options = ["--output_dir", run, "--autoencoder.keep_checkpoints", "2", "--autoencoder.max_steps", "12"]
-    script = [*ALONE[:1], str(ROOT / "training" / "train_autoencoder.py"), *ALONE[2:]]
-    subprocess.run([*script, *map(str, options)], check=True, env=environment(), capture_output=True)
+    launch("train_autoencoder.py", *options)
     (run / "autoencoder" / "done.json").unlink()
     newest = run / "autoencoder" / "checkpoint-12"
     damaged = newest / "optimizer.safetensors"

@@ -1,0 +1,153 @@
+"""Training scripts in processes that are forked from one that has the libraries loaded.
+
+Importing them takes longer than most runs of the tiny configuration. The server is a fresh interpreter that
+multiprocessing starts at the first request and that ends with this process.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import cache
+from multiprocessing.forkserver import ensure_running
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        *("training.train_autoencoder", "training.encode_latents", "training.train_denoiser"),
+        *("training.evaluate_ldm", "sklearn.datasets", "torch.utils.tensorboard"),
+    ]
+)
+
+
+def environment() -> dict[str, str]:
+    """The environment of a child: no Hub, no accelerator, no progress bars."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+class Child:
+    """A script in a forked process, with the attributes of `subprocess.Popen` and `CompletedProcess`.
+
+    `stdout` and `stderr` are the texts written so far. Unless it is waited for, use it in a `with`
+    statement, which kills it at the end.
+
+    Args:
+        script: Path of the script; a relative one is in training/.
+        options: Its command line; all become strings.
+        prepare: Called in the child before the script. It is pickled: `partial(exec, "code", {})` works.
+        env: The whole environment, by default `environment()`. Libraries have read theirs already.
+        core: The one core that the child may use, by default those that the server got from this process.
+        own_group: Whether the child leads a process group, as the foreground job of a terminal does.
+    """
+
+    def __init__(
+        self,
+        script: str | Path,
+        *options,
+        prepare: Callable[[], object] | None = None,
+        cwd: Path | None = None,
+        env: dict[str, str] | None = None,
+        core: int | None = None,
+        own_group: bool = False,
+    ):
+        self.args = [str(ROOT / "training" / script), *map(str, options)]
+        self._files = [tempfile.NamedTemporaryFile() for _ in ("stdout", "stderr")]
+        outputs = [file.name for file in self._files]
+        settings = (outputs, cwd or Path.cwd(), env or environment(), core, own_group)
+        _start_server()
+        self._process = CONTEXT.Process(target=_run, args=(self.args, settings, prepare))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def stdout(self) -> str:
+        return Path(self._files[0].name).read_text(errors="replace")
+
+    @property
+    def stderr(self) -> str:
+        return Path(self._files[1].name).read_text(errors="replace")
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float = 300) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout, self.stdout, self.stderr)
+        return self.returncode
+
+    def wait_until(self, condition: Callable[[], object], timeout: float = 120) -> None:
+        """Wait until something is true that a running child brings about."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert self.poll() is None and time.monotonic() < deadline, self.stdout + self.stderr
+            time.sleep(0.005)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.kill()
+        self._process.join()
+
+
+@cache
+def _start_server() -> None:
+    """In the children's environment, in which libraries look for their settings as they are imported."""
+    before = dict(os.environ)
+    os.environ.update(environment())
+    ensure_running()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def _run(arguments: list[str], settings: tuple, prepare: Callable | None) -> None:
+    """What the forked process does: becomes the script."""
+    outputs, cwd, env, core, own_group = settings
+    for number, path in enumerate(outputs, start=1):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    if own_group:
+        os.setpgid(0, 0)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    sys.argv = arguments
+    sys.path.insert(0, os.path.dirname(arguments[0]))
+    if prepare:
+        prepare()
+    code = None
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as error:
+        code = error.code
+    sys.exit(
+        code
+    )  # without the frames of the script, which may hold processes that multiprocessing waits for
+
+
+@atexit.register
+def _kill_children() -> None:
+    """multiprocessing would wait for those that a failed test has left."""
+    for process in multiprocessing.active_children():
+        process.kill()
