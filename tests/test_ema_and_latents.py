@@ -12,8 +12,7 @@ from ldm_pipeline.models import load_autoencoder
 from ldm_pipeline.pipeline import denormalize_latents
 from training.config import parse_config
 from training.data.images import load_images
-from training.data.latents import LatentDataset, encode
-from training.encode_latents import channel_statistics
+from training.data.latents import LatentDataset, channel_statistics, encode
 from training.runtime.ema import EMA
 
 

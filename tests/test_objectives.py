@@ -10,8 +10,8 @@ from training.config import DenoiserConfig, objective_of
 from training.losses.denoising import (
     DenoisingLoss,
     denoising_errors,
-    draw_timesteps,
     min_snr_weight,
+    sample_timesteps,
     stratified,
 )
 
@@ -36,7 +36,7 @@ class Knowing(nn.Module):
 def test_a_denoiser_that_knows_the_image_has_no_error(prediction_type):
     objective = Objective(objective_of(DenoiserConfig(prediction_type=prediction_type)))
     clean, noise = torch.randn(2, 64, 2, 4, 4)
-    timesteps = draw_timesteps(
+    timesteps = sample_timesteps(
         DenoiserConfig(prediction_type=prediction_type), stratified(torch.rand(64)) * 0.9 + 0.05
     )
     errors, _ = denoising_errors(
@@ -48,7 +48,7 @@ def test_a_denoiser_that_knows_the_image_has_no_error(prediction_type):
 def test_logit_normal_timesteps_have_their_mean_and_deviation():
     config = DenoiserConfig(logit_mean=-0.4, logit_std=1.2)
     logits = torch.logit(
-        draw_timesteps(config, torch.rand(100_000, generator=torch.Generator().manual_seed(0))) / 1000
+        sample_timesteps(config, torch.rand(100_000, generator=torch.Generator().manual_seed(0))) / 1000
     )
     assert abs(logits.mean() + 0.4) < 0.02 and abs(logits.std() - 1.2) < 0.02
 
@@ -56,7 +56,7 @@ def test_logit_normal_timesteps_have_their_mean_and_deviation():
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_uniform_timesteps_reach_the_whole_range_and_no_further(prediction_type):
     config = DenoiserConfig(prediction_type=prediction_type, timestep_density="uniform")
-    timesteps = draw_timesteps(config, stratified(torch.rand(4000)))
+    timesteps = sample_timesteps(config, stratified(torch.rand(4000)))
     assert 0 <= timesteps.min() < 1 and 998 < timesteps.max() <= 1000
     Objective(objective_of(config)).alpha_sigma(timesteps)  # every index exists
 
@@ -93,7 +93,7 @@ def test_every_parameter_gets_a_gradient(prediction_type, weight):
     config = DenoiserConfig(prediction_type=prediction_type, loss_weight=weight)
     unet = build_unet(4, 2, [8, 16], 1, [False, True], attention_head_dim=8, norm_groups=4, num_classes=3)
     trained = DenoisingLoss(unet, config)
-    timesteps = draw_timesteps(config, stratified(torch.rand(8)))
+    timesteps = sample_timesteps(config, stratified(torch.rand(8)))
     labels = Condition(class_labels=torch.tensor([0, 1, 2, 3] * 2))
     loss, _ = trained(torch.randn(8, 2, 4, 4), torch.randn(8, 2, 4, 4), timesteps, labels)
     loss.backward()

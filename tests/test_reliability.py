@@ -225,13 +225,13 @@ def test_a_step_that_is_not_finite_is_not_applied(tmp_path):
     """Noise that is NaN in two steps: they are counted and skipped; and in all steps: the run stops."""
     prepare = """
 import training.train_denoiser as module
-draw = module.draw_batch
+draw = module.random_batch
 def damaged(run, latents, step):
     batch = draw(run, latents, step)
     if step in {steps}:
         batch["noise"][3] = float("nan")
     return batch
-module.draw_batch = damaged"""
+module.random_batch = damaged"""
     run = tmp_path / "run"
     run_alone("--output_dir", run, prepare=code(prepare.format(steps=[1, 6])))
     skipped = {line["step"]: line["skipped"] for line in lines(run, "denoiser") if "skipped" in line}

@@ -1,4 +1,4 @@
-"""Stage 2: encode every image and its mirror image into posterior moments on disk; measure statistics."""
+"""Stage 2: encode every image and its mirror image, cache the posterior moments, measure their statistics."""
 
 if __name__ == "__main__":  # first, so that a typo is answered before torch is imported
     from training.config import command_line
@@ -6,12 +6,12 @@ if __name__ == "__main__":  # first, so that a typo is answered before torch is 
     CONFIG = command_line("latents")
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ldm_pipeline.models import load_autoencoder
 from ldm_pipeline.pipeline import set_latent_statistics
 from training.config import RunError
-from training.data.latents import encode, shard_problem
+from training.data.latents import channel_statistics, encode, shard_problem
 from training.runtime.atomic import discard, file_sha256, read_json, write_bytes, write_json, write_tensors
 from training.runtime.run import Run
 from training.runtime.signals import leave_signals_to_parent
@@ -33,26 +33,32 @@ def latents_stand(run: Run) -> str | None:
         return None
     if _stored_key(folder) != cache_key(run):
         return None
-    shards = _plan_shards(run, load_autoencoder(run.folder / "autoencoder"))
-    if any(shard_problem(folder / name, shapes) for name, shapes in shards.items()):
+    plan = plan_shards(run, load_autoencoder(run.folder / "autoencoder"))
+    if any(shard_problem(folder / shard.name, shard.shapes) for shard in plan):
         return None
     return f"{folder} stands"
 
 
 def encode_latents(run: Run) -> None:
-    """Leave `latents/` in the run folder, and the statistics of the latents in the autoencoder's config."""
+    """Leave `latents/` in the run folder, and the latents' statistics in the autoencoder's config.
+
+    Whole shards of the same cache key are kept.
+
+    Raises:
+        RunError: if a latent channel is constant or not finite.
+    """
     folder = run.folder / "latents"
     key = cache_key(run)
     autoencoder = load_autoencoder(run.folder / "autoencoder")
-    plan = {split: _plan_split(run, autoencoder, split) for split in ("train", "held_out")}
-    _open_cache(run, folder, key, _plan_shards(run, autoencoder))
+    plan = plan_shards(run, autoencoder)
+    prepare_cache(run, folder, key, plan)
     begun = time.perf_counter()
     autoencoder.to(run.device).eval()
-    for split, shards in plan.items():
-        _encode_split(run, autoencoder, folder, split, shards)
+    encode_shards(run, autoencoder, folder, plan)
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
-        mean, std = channel_statistics([folder / name for name in plan["train"]])
+        names = {split: [s.name for s in plan if s.split == split] for split in ("train", "held_out")}
+        mean, std = channel_statistics([folder / name for name in names["train"]])
         run.print(f"latents: mean {_short(mean)}, deviation {_short(std)}")
         if not 1e-6 < std.min() <= std.max() < 1e4:
             raise RunError(
@@ -61,14 +67,12 @@ def encode_latents(run: Run) -> None:
             )
         set_latent_statistics(autoencoder, mean.tolist(), std.tolist())
         write_bytes(run.folder / "autoencoder" / CONFIG_NAME, autoencoder.to_json_string().encode())
-        shape = run.latent_shape
-        shards = {split: list(each) for split, each in plan.items()}
-        write_json(folder / "manifest.json", {"key": key, "shape": list(shape), **shards})
+        write_json(folder / "manifest.json", {"key": key, "shape": list(run.latent_shape), **names})
     run.finish("latents", {"seconds": time.perf_counter() - begun})
 
 
 def cache_key(run: Run) -> dict:
-    """What the latents are a function of; the names are those that a rebuild gives as its reason."""
+    """The cache key: latents with the same key are the same. Its names appear in the reason for a rebuild."""
     return {
         "autoencoder weights": file_sha256(run.folder / "autoencoder" / SAFETENSORS_WEIGHTS_NAME),
         "data and transform": run.data.fingerprint,
@@ -81,64 +85,69 @@ def _stored_key(folder: Path) -> dict | None:
     return read_json(path) if path.exists() else None
 
 
-def _plan_shards(run: Run, autoencoder: nn.Module) -> dict[str, dict[str, list[int]]]:
-    """All shards of the cache by file name: the shape of every tensor in them."""
-    return _plan_split(run, autoencoder, "train") | _plan_split(run, autoencoder, "held_out")
+@dataclass(frozen=True)
+class Shard:
+    """One file of the cache: consecutive images of a split, and the shape of every tensor in the file."""
+
+    name: str
+    split: str
+    indices: range
+    shapes: dict[str, list[int]]
 
 
-def _plan_split(run: Run, autoencoder: nn.Module, split: str) -> dict[str, dict[str, list[int]]]:
-    """The shards of a split by file name: the shape of every tensor in it."""
-    images, size = getattr(run.data, split), run.config.latents.shard_size
+def plan_shards(run: Run, autoencoder: nn.Module) -> list[Shard]:
+    """All files of the cache, those of the training images first."""
+    size, plan = run.config.latents.shard_size, []
     latents = [2 if run.config.data.horizontal_flip else 1, *run.latent_shape]
-    plan = {}
-    for number, first in enumerate(range(0, len(images), size)):
-        count = min(size, len(images) - first)
-        shapes = {"mean": [count, *latents]}
-        if isinstance(autoencoder, AutoencoderKL):
-            shapes["std"] = shapes["mean"]
-        if images.labels is not None:
-            shapes["class_labels"] = [count]
-        plan[f"{split}-{number:05d}.safetensors"] = shapes
+    for split in ("train", "held_out"):
+        images = getattr(run.data, split)
+        for number, first in enumerate(range(0, len(images), size)):
+            indices = range(first, min(first + size, len(images)))
+            shapes = {"mean": [len(indices), *latents]}
+            if isinstance(autoencoder, AutoencoderKL):
+                shapes["std"] = shapes["mean"]
+            if images.labels is not None:
+                shapes["class_labels"] = [len(indices)]
+            plan.append(Shard(f"{split}-{number:05d}.safetensors", split, indices, shapes))
     return plan
 
 
-def _open_cache(run: Run, folder: Path, key: dict, shards: dict[str, dict[str, list[int]]]) -> None:
-    """Make room for the shards: drop a cache of another key, and damaged shards of this one."""
-    before = _stored_key(folder)
+def prepare_cache(run: Run, folder: Path, key: dict, plan: list[Shard]) -> None:
+    """Make the folder one of `key`: drop shards of another key and damaged shards, saying why."""
     run.accelerator.wait_for_everyone()  # every process has looked before one changes anything
     if run.accelerator.is_main_process:
-        if before != key and folder.exists():
-            changed = [name for name in key if (before or {}).get(name) != key[name]]
+        stored = _stored_key(folder)
+        if stored != key and folder.exists():
+            changed = [name for name in key if (stored or {}).get(name) != key[name]]
             run.print(f"latents: encoded again, because these changed: {', '.join(changed)}")
             discard(folder)
         folder.mkdir(exist_ok=True)
         write_json(folder / "key.json", key)
         (folder / "manifest.json").unlink(missing_ok=True)
-        for name, shapes in shards.items():
-            if (folder / name).exists() and (problem := shard_problem(folder / name, shapes)):
-                run.print(f"latents: {name} is encoded again: {problem}")
-                discard(folder / name)
+        for shard in plan:
+            path = folder / shard.name
+            if path.exists() and (problem := shard_problem(path, shard.shapes)):
+                run.print(f"latents: {shard.name} is encoded again: {problem}")
+                discard(path)
     run.accelerator.wait_for_everyone()
 
 
-def _encode_split(run: Run, autoencoder: nn.Module, folder: Path, split: str, shards: dict) -> None:
-    """Write the shards of one split that are missing, in rounds of one a process."""
-    images, size, accelerator = getattr(run.data, split), run.config.latents.shard_size, run.accelerator
-    missing = [number for number, name in enumerate(shards) if not (folder / name).exists()]
+def encode_shards(run: Run, autoencoder: nn.Module, folder: Path, plan: list[Shard]) -> None:
+    """Write the missing shards, in rounds of one shard per process."""
+    accelerator = run.accelerator
+    missing = [shard for shard in plan if not (folder / shard.name).exists()]
     accelerator.wait_for_everyone()  # all processes have the same list before the first shard is written
     rounds = range(0, len(missing), accelerator.num_processes)
-    for first in tqdm(rounds, desc=f"latents {split}", unit="shard", disable=not accelerator.is_main_process):
-        if first + accelerator.process_index < len(missing):
-            number = missing[first + accelerator.process_index]
-            indices = range(number * size, min((number + 1) * size, len(images)))
-            tensors = _encode_images(run, autoencoder, images, indices)
-            write_tensors(folder / list(shards)[number], tensors)
+    for first in tqdm(rounds, desc="latents", unit="shard", disable=not accelerator.is_main_process):
+        for shard in missing[first : first + accelerator.num_processes][accelerator.process_index :][:1]:
+            images = getattr(run.data, shard.split)
+            write_tensors(folder / shard.name, _encode_images(run, autoencoder, images, shard.indices))
         run.interruption.check()
 
 
 @torch.no_grad()
 def _encode_images(run: Run, autoencoder: nn.Module, images, indices: range) -> dict[str, Tensor]:
-    """Moments `(n, 2 or 1, c, h, w)` in float16 (image, mirror image) and labels `(n,)` of some images."""
+    """Posterior moments `(n, 2 or 1, c, ...)`, float16, of images and their mirror images; labels `(n,)`."""
     config, flips = run.config, (0, 1) if run.config.data.horizontal_flip else (0,)
     moments: dict[str, list[Tensor]] = {"mean": [], "std": [], "class_labels": []}
     pairs = [(index, 0) for index in indices]
@@ -151,28 +160,13 @@ def _encode_images(run: Run, autoencoder: nn.Module, images, indices: range) -> 
     )
     for batch in loader:
         pixels = batch["images"].to(run.device)
-        encoded = [encode(autoencoder, pixels.flip(3) if flip else pixels) for flip in flips]
+        encoded = [encode(autoencoder, pixels.flip(-1) if flip else pixels) for flip in flips]
         for name, values in zip(("mean", "std"), zip(*encoded, strict=True), strict=True):
             if values[0] is not None:
                 moments[name].append(torch.stack(values, 1).half().cpu())
         if "class_labels" in batch:
             moments["class_labels"].append(batch["class_labels"])
     return {name: torch.cat(values) for name, values in moments.items() if values}
-
-
-def channel_statistics(shards: list[Path]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation `(c,)`, float64, of posterior samples over all images, from moments in `shards`."""
-    count, total, squares = 0, 0.0, 0.0
-    for shard in shards:
-        moments = {key: value.double() for key, value in load_file(shard).items() if key != "class_labels"}
-        mean = moments["mean"]
-        count += mean.numel() // mean.shape[2]
-        total = total + mean.sum((0, 1, 3, 4))
-        squares = squares + mean.square().sum((0, 1, 3, 4))
-        if "std" in moments:
-            squares = squares + moments["std"].square().sum((0, 1, 3, 4))
-    mean = total / count
-    return mean, (squares / count - mean**2).sqrt()
 
 
 def _short(values: Tensor) -> str:

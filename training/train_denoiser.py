@@ -5,27 +5,26 @@ if __name__ == "__main__":  # first, so that a typo is answered before torch is 
 
     CONFIG = command_line("denoiser")
 
-from contextlib import nullcontext
-
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from ldm_pipeline.models import build_scheduler, load_autoencoder
-from ldm_pipeline.pipeline import Condition, LDMPipeline, num_classes
+from ldm_pipeline.pipeline import LDMPipeline, num_classes
 from training.config import DenoiserConfig, RunError
+from training.data.conditions import training_condition
 from training.data.latents import LatentDataset
-from training.data.order import batch_flips, batch_indices, seeded_generator, slice_of_batch
+from training.data.order import batch_flips, batch_indices, batch_slices, seeded_generator
 from training.evaluation.monitor import Monitor
 from training.evaluation.validation import draw_grid, validation_loss
-from training.losses.denoising import DenoisingLoss, draw_timesteps, stratified
+from training.losses.denoising import DenoisingLoss, sample_timesteps, stratified
 from training.networks import new_denoiser
 from training.runtime.atomic import read_json, replacing
 from training.runtime.checkpoints import Checkpoints
 from training.runtime.distributed import draw_dropout, prepare, use_global_dropout, whole
 from training.runtime.ema import EMA
 from training.runtime.log import RunLog
-from training.runtime.optimization import build_optimizer, nan_if_nonfinite, optimizer_step
+from training.runtime.optimization import build_optimizer, gradient_sync, nan_if_nonfinite, optimizer_step
 from training.runtime.run import Run
 from training.runtime.signals import Interrupted
 
@@ -35,8 +34,7 @@ def denoiser_stands(run: Run) -> str | None:
     key, done = _latents_key(run), run.done("denoiser")
     if not done or done["steps"] < run.config.denoiser.max_steps or not (run.folder / "pipeline").exists():
         return None
-    if done["latents"] != key:
-        raise RunError(f"{run.folder / 'denoiser'} was trained on other latents: --redo '[denoiser]'")
+    _check_key(run, done["latents"], key)
     return f"{run.folder / 'pipeline'} stands"
 
 
@@ -44,19 +42,31 @@ def _latents_key(run: Run) -> dict:
     return read_json(run.require(run.folder / "latents" / "manifest.json", "encode_latents.py"))["key"]
 
 
-def train_denoiser(run: Run) -> None:
-    """Leave `pipeline/` in the run folder: autoencoder, averaged denoiser and a sampler."""
-    config, accelerator, device = run.config.denoiser, run.accelerator, run.device
-    folder = run.folder / "denoiser"
-    key = _latents_key(run)
+def _check_key(run: Run, trained_on: dict, key: dict) -> None:
+    if trained_on != key:
+        raise RunError(
+            f"{run.folder / 'denoiser'} was trained on other latents than there are now: --redo '[denoiser]'"
+        )
 
-    # Latents, networks, optimizer and what a checkpoint holds.
+
+def train_denoiser(run: Run) -> None:
+    """Leave `pipeline/` in the run folder: autoencoder, denoiser with its EMA weights, and a scheduler.
+
+    Raises:
+        RunError: if the latents are not normalised or not those of the checkpoint, or training fails.
+    """
+    config, accelerator, device, seed = run.config.denoiser, run.accelerator, run.device, run.config.seed
+    folder, key = run.folder / "denoiser", _latents_key(run)
+
+    # Latents, normalised by the statistics in the autoencoder's config.
     autoencoder = load_autoencoder(run.folder / "autoencoder").to(device).eval()
     latents, held_out = (
         LatentDataset(run.folder / "latents", split, autoencoder, device, run.config.latents.resident)
         for split in ("train", "held_out")
     )
     check_scale(run, latents)
+
+    # Network with its loss, and the pipeline that samples with it.
     trained = DenoisingLoss(new_denoiser(run.config, run.data, latents.shape), config).to(device)
     unet, dropouts = trained.unet, use_global_dropout(trained.unet)
     pipeline = LDMPipeline(
@@ -65,8 +75,11 @@ def train_denoiser(run: Run) -> None:
         build_scheduler(trained.objective.config),
         trained.objective.config,
         run.data.id2label if num_classes(unet) else None,
-        defaults_of(config, unet),
+        default_arguments(config, unet),
     )
+    grid_settings = config.sample_steps, config.guidance_scale
+
+    # Optimizer, wrapped for several processes; resume.
     if config.compile:
         unet.compile()
     optimizer = build_optimizer(config, trained)
@@ -74,56 +87,61 @@ def train_denoiser(run: Run) -> None:
     ema = EMA(unet, config.ema_fraction, config.ema_half_life)
     checkpoints = Checkpoints(folder, {"model": trained, "ema": ema, "optimizer": optimizer}, config)
     record = checkpoints.restore(accelerator)
-    if record.setdefault("latents", key) != key:
-        raise RunError(f"{folder} was trained on other latents than there are now: --redo '[denoiser]'")
-    place = (accelerator.process_index, accelerator.num_processes, config.gradient_accumulation_steps)
+    _check_key(run, record.get("latents", key), key)
+    batch_size, parts = config.batch_size, config.gradient_accumulation_steps
+    slices = batch_slices(batch_size, accelerator.process_index, accelerator.num_processes, parts)
     log = RunLog(run, "denoiser", config, record)
-    drawn = (config.sample_steps, config.guidance_scale)
     monitor = Monitor(run, pipeline) if config.evaluate_every else None
 
     for step in range(record["step"], config.max_steps):
+        # Learning rate, and all that is random.
         optimizer.param_groups[0]["lr"] = config.learning_rate_at(step)
-        batch = draw_batch(run, latents, step)
-        dropout_seed = seeded_generator("cpu", run.config.seed, "dropout", step).initial_seed()
-        for part in range(place[2]):
-            share = slice_of_batch(config.batch_size, *place, part)
-            draw_dropout(dropouts, dropout_seed, config.batch_size, share, device)
-            clean = log.wait(
-                latents.batch, *(batch[name][share] for name in ("indices", "flips", "posterior_noise"))
-            )
-            condition = condition_of(latents, unet, batch["indices"][share], batch["dropped"][share])
-            with nullcontext() if part == place[2] - 1 else accelerator.no_sync(model):
-                loss, errors = model(clean, batch["noise"][share], batch["timesteps"][share], condition)
-                accelerator.backward(nan_if_nonfinite(loss) / place[2])
-            log.add({"loss": loss / place[2], "error": errors.mean() / place[2]})
+        batch = random_batch(run, latents, step)
+        dropout_seed = seeded_generator("cpu", seed, "dropout", step).initial_seed()
+
+        # Gradients, part by part.
+        for rows in slices:
+            draw_dropout(dropouts, dropout_seed, batch_size, rows, device)
+            indices, flips, noise = (batch[name][rows] for name in ("indices", "flips", "posterior_noise"))
+            clean = log.wait(latents.batch, indices, flips, noise)
+            condition = training_condition(latents, unet, indices, batch["dropped"][rows])
+            with gradient_sync(accelerator, model, last=rows is slices[-1]):
+                loss, errors = model(clean, batch["noise"][rows], batch["timesteps"][rows], condition)
+                accelerator.backward(nan_if_nonfinite(loss) / parts)
+            log.add({"loss": loss / parts, "error": errors.mean() / parts})
+
+        # Update of the network and the EMA weights.
         norm, skipped = optimizer_step(accelerator, optimizer, config.max_grad_norm)
         log.add({"grad_norm": norm})
-        ema.update((step + 1) * config.batch_size, config.batch_size)
+        ema.update((step + 1) * batch_size, batch_size)
         log.step_done(step + 1, skipped)
 
+        # Validation, samples and their metrics.
         with log.paused():
             if log.due(config.validate_every):
                 with ema.swapped():
                     log.write(validation_loss(run, unet, trained.objective, held_out, limit=1024))
             if log.due(config.sample_every):
-                draw_grid(run, pipeline, f"denoiser-{step + 1:07d}-raw.png", *drawn)
+                draw_grid(run, pipeline, f"denoiser-{step + 1:07d}-raw.png", *grid_settings)
                 with ema.swapped():
-                    draw_grid(run, pipeline, f"denoiser-{step + 1:07d}-ema.png", *drawn)
-            if config.evaluate_every and log.due(config.evaluate_every):
+                    draw_grid(run, pipeline, f"denoiser-{step + 1:07d}-ema.png", *grid_settings)
+            if monitor and log.due(config.evaluate_every):
                 with ema.swapped():
                     log.write(monitor.measure(step + 1))
+
+            # Checkpoint, and the end if somebody asked for it.
             stopping = run.interruption.requested()
             if stopping or log.due(config.checkpoint_every):
                 checkpoints.save(accelerator, step + 1, {**log.record(), "latents": key})
             if stopping:
                 raise Interrupted
 
+    # The result has the EMA weights.
     log.close()
     save_pipeline(run, pipeline, ema)
-    images = config.max_steps * config.batch_size
-    run.finish(
-        "denoiser", {"steps": config.max_steps, "images": images, "seconds": log.seconds, "latents": key}
-    )
+    images = config.max_steps * batch_size
+    done = {"steps": config.max_steps, "images": images, "seconds": log.seconds, "latents": key}
+    run.finish("denoiser", done)
 
 
 def check_scale(run: Run, latents: LatentDataset) -> None:
@@ -146,45 +164,38 @@ def check_scale(run: Run, latents: LatentDataset) -> None:
     run.print(f"latents: normalised deviation {deviation:.3f}")
 
 
-def draw_batch(run: Run, latents: LatentDataset, step: int) -> dict[str, Tensor]:
-    """Everything random of the global batch of `step`, a function of (seed, step); to be sliced."""
-    config, seed, size, device = (
-        run.config.denoiser,
-        run.config.seed,
-        run.config.denoiser.batch_size,
-        run.device,
-    )
-    draws = seeded_generator(device, seed, "denoiser", step)
-    uniform, dropped = (torch.rand(size, generator=draws, device=device) for _ in range(2))
+def random_batch(run: Run, latents: LatentDataset, step: int) -> dict[str, Tensor]:
+    """Everything random in the global batch of `step`, as a function of (seed, step).
+
+    Returns:
+        By name, a tensor with one row per image: "indices", "flips", "timesteps" and "dropped" (conditions)
+        `(N,)`, "posterior_noise" and "noise" `(N, C, ...)`. Indices and flips are on the CPU.
+    """
+    config, seed, device = run.config.denoiser, run.config.seed, run.device
+    count = config.batch_size
+    generator = seeded_generator(device, seed, "denoiser", step)
+    uniform, dropped = (torch.rand(count, generator=generator, device=device) for _ in range(2))
     posterior_noise, noise = (
-        torch.randn(size, *latents.shape, generator=draws, device=device) for _ in range(2)
+        torch.randn(count, *latents.shape, generator=generator, device=device) for _ in range(2)
     )
     return {
-        "indices": batch_indices(seed, step, size, len(latents)),
-        "flips": batch_flips(seed, step, size).long(),
-        "timesteps": draw_timesteps(config, stratified(uniform)),
+        "indices": batch_indices(seed, step, count, len(latents)),
+        "flips": batch_flips(seed, step, count).long(),
+        "timesteps": sample_timesteps(config, stratified(uniform)),
         "dropped": dropped < config.label_dropout,
         "posterior_noise": posterior_noise,
         "noise": noise,
     }
 
 
-def condition_of(latents: LatentDataset, unet: nn.Module, indices: Tensor, dropped: Tensor) -> Condition:
-    """The condition `(N,)` of some images, with the null class where `dropped` `(N,)` is true."""
-    null = Condition.null(unet, len(indices), dropped.device)
-    if null.class_labels is None:
-        return null
-    return Condition(class_labels=latents.class_labels(indices)).drop(dropped, null)
-
-
-def defaults_of(config: DenoiserConfig, unet: nn.Module) -> dict:
-    """What the finished pipeline draws with where a call says nothing else."""
+def default_arguments(config: DenoiserConfig, unet: nn.Module) -> dict:
+    """Default sampling arguments that are saved with the pipeline."""
     guidance = {"guidance_scale": config.guidance_scale} if num_classes(unet) else {}
     return {"num_inference_steps": config.sample_steps} | guidance
 
 
 def save_pipeline(run: Run, pipeline: LDMPipeline, ema: EMA) -> None:
-    """Write the pipeline folder with the averaged denoiser, whole or not at all."""
+    """Write the pipeline folder with the denoiser's EMA weights, whole or not at all."""
     averages = {name: whole(value).cpu() for name, value in ema.state_dict().items()}
     if run.accelerator.is_main_process:
         with torch.device("meta"):

@@ -1,5 +1,6 @@
-"""The latents of every image and its mirror image: a cache on disk, its statistics, and its reader."""
+"""The latent cache: posterior moments of every image and its mirror image on disk, and their statistics."""
 
+import json
 from pathlib import Path
 
 import psutil
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 
 from ldm_pipeline.pipeline import normalize_latents
 from training.config import RunError
-from training.runtime.atomic import read_json
 
 
 def encode(autoencoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Posterior mean and deviation `(N, c, h, w)` of images `(N, C, H, W)`; no deviation: AutoencoderDC."""
+    """Posterior mean and standard deviation, `(N, c, h, w)` each, of images `(N, C, H, W)`.
+
+    AutoencoderDC has no posterior: its deviation is None.
+    """
     encoded = autoencoder.encode(images)
     if hasattr(encoded, "latent"):
         return encoded.latent, None
@@ -22,35 +25,62 @@ def encode(autoencoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | Non
 
 
 def shard_problem(path: Path, shapes: dict[str, list[int]]) -> str | None:
-    """Why a file is not the shard with tensors of these shapes, or None; reads its header only."""
+    """Why a file is not a shard with tensors of these shapes, or None; reads the header only."""
     try:
         with safe_open(path, "pt") as shard:
-            found = {name: shard.get_slice(name).get_shape() for name in shard.keys()}
+            present = {name: shard.get_slice(name).get_shape() for name in shard.keys()}
     except (OSError, SafetensorError) as error:
         return f"it is damaged ({error})"
-    return None if found == shapes else f"it holds {found}, wanted {shapes}"
+    return None if present == shapes else f"it holds {present}, wanted {shapes}"
+
+
+def channel_statistics(shards: list[Path]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel, `(c,)` float64, of posterior samples of all images.
+
+    Args:
+        shards: files with "mean" and "std" `(n, 2 or 1, c, ...)`, as `encode_latents.py` writes them.
+    """
+    count, total, squares = 0, 0.0, 0.0
+    for shard in shards:
+        moments = {key: value.double() for key, value in load_file(shard).items() if key != "class_labels"}
+        mean = moments["mean"]
+        dims = [dim for dim in range(mean.ndim) if dim != 2]
+        count += mean.numel() // mean.shape[2]
+        total = total + mean.sum(dims)
+        squares = squares + mean.square().sum(dims)
+        if "std" in moments:
+            squares = squares + moments["std"].square().sum(dims)
+    mean = total / count
+    return mean, (squares / count - mean**2).sqrt()
 
 
 class LatentDataset:
-    """One split of the cache, ready to be drawn from.
+    """One split of the cache, as batches of normalised latents.
 
     Args:
         folder: the run's latents folder, written by `encode_latents.py`.
         split: "train" or "held_out".
         autoencoder: its config holds the statistics that normalise.
-        device: where batches are wanted.
-        resident: "device" holds everything there, "disk" maps the files into memory, "auto" takes the device
-            if a quarter of its memory suffices.
+        device: of the batches.
+        resident: "device" keeps the split there, "disk" maps the files into memory, "auto" is "device" if the
+            split takes less than a quarter of its memory.
+
+    Raises:
+        RunError: if the manifest is damaged or names files outside the folder.
     """
 
     def __init__(self, folder: Path, split: str, autoencoder: nn.Module, device: torch.device, resident: str):
-        manifest = read_json(folder / "manifest.json")
+        path = folder / "manifest.json"
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            names, self.shape = manifest[split], tuple(manifest["shape"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} is damaged ({error!r}): --redo '[latents]'") from error
+        if any(Path(name).name != name for name in names):
+            raise RunError(f"{path} names files outside {folder}: --redo '[latents]'")
         self.autoencoder = autoencoder
         self.device = device
-        self.shape = tuple(manifest["shape"])
-        if any(Path(name).name != name for name in manifest[split]):
-            raise RunError(f"{folder / 'manifest.json'} names files outside {folder}: --redo '[latents]'")
-        shards = [load_file(folder / name) for name in manifest[split]]
+        shards = [load_file(folder / name) for name in names]
         self.shard_size = len(shards[0]["mean"])
         size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
         if resident == "auto":
@@ -68,19 +98,18 @@ class LatentDataset:
         if self.resident:
             tensor, indices = self.shards[0][key], indices.to(self.device)
             return tensor[indices] if flips is None else tensor[indices, flips.to(self.device)]
-        places = [(self.shards[i // self.shard_size][key], i % self.shard_size) for i in indices.tolist()]
-        if flips is None:
-            rows = [tensor[row] for tensor, row in places]
-        else:
-            rows = [tensor[row, flip] for (tensor, row), flip in zip(places, flips.tolist(), strict=True)]
+        rows = [self.shards[i // self.shard_size][key][i % self.shard_size] for i in indices.tolist()]
+        if flips is not None:
+            rows = [row[flip] for row, flip in zip(rows, flips.tolist(), strict=True)]
         return torch.stack(rows).to(self.device)
 
     def batch(self, indices: Tensor, flips: Tensor, noise: Tensor) -> Tensor:
-        """Normalised latents `(N, c, h, w)`, float32, drawn from their posteriors with `noise`.
+        """Normalised latents `(N, c, h, w)`, float32: samples of their posteriors.
 
         Args:
             indices: `(N,)` images.
-            flips: `(N,)` 1 for the mirror image; taken modulo the number of images cached of each.
+            flips: int64 `(N,)`, 1 for the mirror image; ignored if none is cached.
+            noise: standard normal `(N, c, h, w)`.
         """
         flips = flips % self.shards[0]["mean"].shape[1]
         latents = self._gather("mean", indices, flips).float()

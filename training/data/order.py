@@ -1,4 +1,4 @@
-"""The order of the data and the seeds of all noise, as functions of (seed, step) alone."""
+"""Batch order and random seeds, as functions of (seed, step) alone."""
 
 import hashlib
 import json
@@ -21,45 +21,46 @@ def _epoch(seed: int, epoch: int, count: int) -> torch.Tensor:
 
 
 def batch_indices(seed: int, step: int, batch_size: int, count: int) -> torch.Tensor:
-    """The global batch of a step, int64 (batch_size,) below `count`: positions [step * batch_size, ...) of an
-    endless sequence of permutations, each a function of seed and epoch alone. No earlier step is replayed."""
-    position, end, parts = step * batch_size, (step + 1) * batch_size, []
+    """Image indices of the global batch of a step: int64 `(batch_size,)` below `count`.
+
+    They are the positions from `step * batch_size` on in an endless sequence of permutations, each a function
+    of seed and epoch alone. No earlier step is replayed.
+    """
+    position, end, pieces = step * batch_size, (step + 1) * batch_size, []
     while position < end:
         epoch, offset = divmod(position, count)
-        parts.append(_epoch(seed, epoch, count)[offset : offset + end - position])
-        position += len(parts[-1])
-    return torch.cat(parts)
+        pieces.append(_epoch(seed, epoch, count)[offset : offset + end - position])
+        position += len(pieces[-1])
+    return torch.cat(pieces)
 
 
 def batch_flips(seed: int, step: int, batch_size: int) -> torch.Tensor:
-    """Which images of the global batch of a step are mirrored: bool (batch_size,), half on average."""
+    """Mirrored images of the global batch of a step: bool `(batch_size,)`, half of them on average."""
     return torch.rand(batch_size, generator=seeded_generator("cpu", seed, "flip", step)) < 0.5
 
 
-def slice_of_batch(
-    batch_size: int, process_index: int, num_processes: int, accumulation: int, micro: int
-) -> slice:
-    """Part of the global batch that a process computes as its micro-batch `micro` of `accumulation`.
+def batch_slices(batch_size: int, rank: int = 0, world_size: int = 1, accumulation: int = 1) -> list[slice]:
+    """Rows of every global batch that process `rank` computes: one slice per part of an accumulated step.
 
-    Raises:
-        ValueError: the batch cannot be cut into equal parts.
+    Over all processes the slices cover the batch once, in order, in equal parts. A batch that does not divide
+    is refused before a run starts.
     """
-    size, rest = divmod(batch_size, num_processes * accumulation)
-    if rest or not size:
-        raise ValueError(
-            f"A batch_size of {batch_size} cannot be cut into {num_processes} processes x {accumulation} "
-            "gradient_accumulation_steps of equal size. Change the stage's batch_size (such as "
-            "--autoencoder.batch_size), its gradient_accumulation_steps or the number of processes."
-        )
-    start = (process_index * accumulation + micro) * size
-    return slice(start, start + size)
+    size, rest = divmod(batch_size, world_size * accumulation)
+    assert size and not rest, f"{batch_size} rows for {world_size} processes x {accumulation} parts"
+    first = rank * accumulation
+    return [slice(part * size, (part + 1) * size) for part in range(first, first + accumulation)]
 
 
 class StepSampler(Sampler[list[tuple[int, bool]]]):
-    """A batch sampler: one list of (index, flip) a micro-batch of this process, for steps start to stop - 1.
+    """A batch sampler: per step, one list of (index, flip) for each of this process's `slices`.
 
-    Raises:
-        ValueError: see `slice_of_batch`.
+    Args:
+        count: number of images.
+        batch_size: rows of the global batch.
+        seed: of order and flips.
+        steps: steps to sample, such as those that are left.
+        flips: whether half of the images are mirrored.
+        slices: rows of the global batch, from `batch_slices`; all of them by default.
     """
 
     def __init__(
@@ -67,19 +68,13 @@ class StepSampler(Sampler[list[tuple[int, bool]]]):
         count: int,
         batch_size: int,
         seed: int,
-        start: int,
-        stop: int,
+        steps: range,
         flips: bool = False,
-        process_index: int = 0,
-        num_processes: int = 1,
-        accumulation: int = 1,
+        slices: list[slice] | None = None,
     ):
-        self.count, self.batch_size, self.seed, self.flips = count, batch_size, seed, flips
-        self.steps = range(start, stop)
-        self.slices = [
-            slice_of_batch(batch_size, process_index, num_processes, accumulation, micro)
-            for micro in range(accumulation)
-        ]
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.steps, self.flips = steps, flips
+        self.slices = slices or batch_slices(batch_size)
 
     def __len__(self) -> int:
         return len(self.steps) * len(self.slices)
@@ -90,5 +85,5 @@ class StepSampler(Sampler[list[tuple[int, bool]]]):
             flips = torch.zeros(self.batch_size, dtype=torch.bool)
             if self.flips:
                 flips = batch_flips(self.seed, step, self.batch_size)
-            for part in self.slices:
-                yield list(zip(indices[part].tolist(), flips[part].tolist(), strict=True))
+            for rows in self.slices:
+                yield list(zip(indices[rows].tolist(), flips[rows].tolist(), strict=True))

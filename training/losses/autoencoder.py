@@ -79,10 +79,11 @@ class AutoencoderLoss(nn.Module):
 
 
 def _global_std(latents: Tensor) -> Tensor:
-    """Deviation `(1, c, 1, 1)` by channel over the batches of all processes."""
-    moments = torch.stack([latents.mean((0, 2, 3)), latents.square().mean((0, 2, 3))])
-    moments = average_over_processes(moments)
-    return (moments[1] - moments[0] ** 2).clamp(min=0).sqrt().view(1, -1, 1, 1)
+    """Standard deviation per channel, `(1, c, 1, ...)`, over the batches of all processes."""
+    dims = [dim for dim in range(latents.ndim) if dim != 1]
+    moments = torch.stack([latents.mean(dims, keepdim=True), latents.square().mean(dims, keepdim=True)])
+    mean, mean_square = average_over_processes(moments)
+    return (mean_square - mean**2).clamp(min=0).sqrt()
 
 
 def average_over_processes(value: Tensor) -> Tensor:
@@ -135,5 +136,5 @@ def adaptive_weight(reconstruction_term: Tensor, adversarial_term: Tensor, last_
 
 
 def last_layer(autoencoder: nn.Module) -> nn.Parameter:
-    """Weight of the decoder's last convolution, whichever class the autoencoder is of."""
-    return [parameter for parameter in autoencoder.decoder.parameters() if parameter.ndim == 4][-1]
+    """Weight of the decoder's last convolution, for every class of autoencoder."""
+    return [parameter for parameter in autoencoder.decoder.parameters() if parameter.ndim > 2][-1]

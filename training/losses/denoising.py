@@ -7,7 +7,7 @@ from ldm_pipeline.pipeline import Condition, Objective, denoise
 from training.config import DenoiserConfig, objective_of
 
 
-def draw_timesteps(config: DenoiserConfig, uniform: Tensor) -> Tensor:
+def sample_timesteps(config: DenoiserConfig, uniform: Tensor) -> Tensor:
     """Training timesteps `(N,)` from uniform numbers `(N,)` in [0, 1), by their inverse distribution."""
     if config.timestep_density == "logit_normal":
         uniform = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(uniform))
@@ -67,19 +67,23 @@ def denoising_errors(
     timesteps: Tensor,
     condition: Condition,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Mean squared error of the prediction for each latent, `(N,)`, and the path's alpha and sigma, `(N,)`.
+    """Mean squared error of the prediction per image, `(N,)`, and the path's alpha and sigma, `(N,)` each.
 
     Args:
         objective: what the network predicts, and its path.
-        clean: normalised latents `(N, C, h, w)`.
+        clean: normalised latents `(N, C, ...)`.
         noise: standard normal, like `clean`.
         timesteps: `(N,)` in [0, 1000].
     """
     alpha, sigma = objective.alpha_sigma(timesteps)
-    noisy = alpha.view(-1, 1, 1, 1) * clean + sigma.view(-1, 1, 1, 1) * noise
+    noisy = _per_image(alpha, clean) * clean + _per_image(sigma, clean) * noise
     prediction = denoise(unet, noisy, timesteps, condition).float()
     target = objective.target(clean, noise, alpha, sigma)
     return (prediction - target).square().flatten(1).mean(1), (alpha, sigma)
+
+
+def _per_image(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 class DenoisingLoss(nn.Module):
