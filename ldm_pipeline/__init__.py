@@ -11,7 +11,8 @@ _HOMES = {
     "set_latent_statistics": "pipeline",
     "export_for_hub": "hub",
     "push_to_hub": "hub",
-    "render_card": "card",
+    "render_card": "model_card",
+    "TrainingRecord": "model_card",
 }
 __all__ = sorted(_HOMES)
 

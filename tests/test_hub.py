@@ -3,35 +3,44 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard, constants, hf_api
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ldm_pipeline import LDMPipeline, export_for_hub, push_to_hub, render_card
-from ldm_pipeline.hub import HubError, draw
+from ldm_pipeline import LDMPipeline, TrainingRecord, export_for_hub, push_to_hub, render_card
+from ldm_pipeline.hub import HubError
 from ldm_pipeline.pipeline import SOURCE
-from ldm_pipeline.run_files import read_run, shareable
 from tests.hub_server import HubServer
 from tests.test_loading import WITHOUT_THE_PACKAGE
 from tests.test_pipeline import tiny_pipe
 from training import publish_ldm
+from training.config import RunError, parse_config
+from training.runtime.record import find_run, read_record
 
 ROOT = Path(__file__).parent.parent
 ALICE, BOB = "hf_alicealicealice", "hf_bobbobbobbob"
 REPO = "alice/tiny"
+WEIGHTS = "diffusion_pytorch_model"
+URL = "https://example.org/org/ldm"
 FIGURES = {"FD-500": 2.4812, "KD-500": 0.00112, "KD-500 deviation": 0.0002, "recall-500": 0.5321}
 PROTOCOL = {
     "n": 500,
     "reference": "1,000 images of secret pets, split train",
-    "features": "resnet20.pt",
+    "dataset": "secret pets",
+    "train_images": 1000,
+    "split": "train",
+    "features": "/home/carol/resnet20.pt",
     "scheduler": "UniPCMultistep",
     "num_inference_steps": 4,
     "guidance_scale": 2.0,
@@ -43,12 +52,13 @@ METRICS = {
     "val_loss": 0.98064,
     "samples": {
         "figures": FIGURES,
-        "per_class": {"figure": "FD-150", "values": {"cat": 3.25, "dog": 2.75, "owl": None}},
+        "per_class": {"figure": "FD-150", "values": {"T-shirt/top": 3.25, "dog": 2.75, "owl": None}},
         "protocol": PROTOCOL,
     },
     "real": {"n": 800, "figures": {"FD-800": 0.0141, "recall-800": 0.9317}},
     "memorisation": {"n": 500, "train_images": 1000, "quantile": 0.05, "threshold": 3.1, "share": 0.048},
-    "hardware": "Some Processor, 1 x 2 threads, no",
+    "hardware": "Some Processor w/ graphics, 1 x 2 threads",
+    "precision": "float32",
     "date": "2026-11-21",
     "key": {"weights": None, "evaluation": {"features": "/home/carol/resnet20.pt"}},
 }
@@ -75,22 +85,16 @@ def run(tmp_path_factory) -> Path:
     pipe.save_pretrained(run / "pipeline")
     data = {"dataset": "/home/carol/secret pets", "horizontal_flip": True}
     stage = {"batch_size": 16, "learning_rate": 0.001, "pretrained": None}
-    config = {"seed": 0, "data": data, "autoencoder": stage, "denoiser": stage}
-    config["evaluation"] = {"features": "/home/carol/resnet20.pt"}
+    config = {"seed": 0, "data": data, "autoencoder": stage, "denoiser": stage, "redo": []}
+    config["evaluation"] = {"features": "/home/carol/resnet20.pt", "pipeline": r"C:\carol\model"}
+    config |= {"output_dir": "/home/carol/runs", "trackers": ["wandb"]}
     raw = {f"unet.{key}": weight + 0.01 for key, weight in pipe.unet.state_dict().items()}
-    for name in (
-        "autoencoder",
-        "latents",
-        "denoiser/checkpoint-12",
-        "denoiser/checkpoint-16",
-        "samples",
-        "sweep",
-    ):
+    for name in ("autoencoder", "latents", "denoiser/checkpoint-12", "denoiser/checkpoint-16"):
         (run / name).mkdir(parents=True)
-    save_file(
-        raw | {"loss.weight": raw["unet.conv_in.bias"].clone()},
-        run / "denoiser/checkpoint-12/model.safetensors",
-    )
+    for name in ("samples", "sweep"):
+        (run / name).mkdir()
+    raw["loss.weight"] = raw["unet.conv_in.bias"].clone()
+    save_file(raw, run / "denoiser/checkpoint-12/model.safetensors")
     (run / "denoiser/checkpoint-16/model.safetensors").write_bytes(b"of a training that goes on")
     for name, number in {"autoencoder": 90.5, "latents": 3.0, "denoiser": 7200.0}.items():
         done = {"steps": 12, "images": 192, "seconds": number}
@@ -106,7 +110,12 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def export(run, tmp_path_factory) -> Path:
-    return export_for_hub(run, tmp_path_factory.mktemp("export") / "tiny", REPO, "cc-by-4.0")
+    return export_run(run, tmp_path_factory.mktemp("export") / "tiny")
+
+
+def export_run(run: Path, folder: Path, license="cc-by-4.0", show_data=True, **options) -> Path:
+    record = read_record(run, show_data=show_data)
+    return export_for_hub(run / "pipeline", folder, REPO, license, record=record, source_url=URL, **options)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -119,18 +128,17 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_an_export_of_a_run_is_a_whole_repository(run, export):
     found = files(export)
     pictures = {f"{name}.png" for name in ("samples", "reconstructions", "neighbours", "sweep")}
-    weights = "diffusion_pytorch_model"
     assert set(found) == pictures | {
         *("README.md", "metrics.json", "model_index.json", "pipeline.py", "training_config.yaml"),
         *("scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"),
-        *(f"unet/{weights}.safetensors", f"unet/{weights}.raw.safetensors", f"vae/{weights}.safetensors"),
+        *(f"unet/{WEIGHTS}.safetensors", f"unet/{WEIGHTS}.raw.safetensors", f"vae/{WEIGHTS}.safetensors"),
     }
     assert found["pipeline.py"] == SOURCE
     for name in ("vae", "unet"):  # the averaged weights, to the bit
-        path = f"{name}/{weights}.safetensors"
+        path = f"{name}/{WEIGHTS}.safetensors"
         assert found[path] == (run / "pipeline" / path).read_bytes()
-    raw = load_file(export / "unet" / f"{weights}.raw.safetensors")
-    average = load_file(export / "unet" / f"{weights}.safetensors")
+    raw = load_file(export / "unet" / f"{WEIGHTS}.raw.safetensors")
+    average = load_file(export / "unet" / f"{WEIGHTS}.safetensors")
     assert raw.keys() == average.keys() and all((raw[k] == average[k] + 0.01).all() for k in raw)
     loaded = LDMPipeline.from_pretrained(export, variant="raw").unet.state_dict()
     assert all((loaded[key] == raw[key]).all() for key in raw)
@@ -141,38 +149,58 @@ def test_no_file_tells_of_this_machine(run, export):
     for name, text in told.items():
         for secret in (b"/home", b"carol", str(run.parent.parent).encode(), b'"_name_or_path": "'):
             assert secret not in text, (name, secret)
-    assert "key" not in json.loads(told["metrics.json"])
-    assert yaml.safe_load(told["training_config.yaml"])["data"]["dataset"] == "secret pets"
-    assert yaml.safe_load(told["training_config.yaml"])["evaluation"]["features"] == "resnet20.pt"
+    metrics, config = json.loads(told["metrics.json"]), yaml.safe_load(told["training_config.yaml"])
+    assert metrics.keys() == METRICS.keys() - {"key"} and metrics["hardware"] == METRICS["hardware"]
+    assert metrics["samples"]["per_class"] == METRICS["samples"]["per_class"]  # a lone slash is no path
+    protocol = metrics["samples"]["protocol"]
+    assert PROTOCOL.keys() - protocol.keys() == {"reference"} and protocol["features"] == "resnet20.pt"
+    assert config["data"]["dataset"] == "secret pets" and config["evaluation"]["features"] == "resnet20.pt"
+    assert config.keys() == {"seed", "data", "autoencoder", "denoiser", "evaluation"}
+    assert config["evaluation"]["pipeline"] == "model"
 
 
-def test_what_is_shareable(tmp_path, monkeypatch):
+def test_tokens_and_names_of_datasets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "data").mkdir(parents=True)
-    assert shareable({"/home/carol/x": ["/a/b c/d", "1 of 2", 3, None]}) == {"x": ["d", "1 of 2", 3, None]}
-    assert shareable("5 images of /home/carol/pets, split a/b") == "5 images of pets, split a/b"
-    assert shareable(r"C:\Users\carol\pets") == "pets" and shareable("~/pets/") == "pets"
-    assert shareable("org/data") == "data" and shareable("org/other") == "org/other"
-    assert shareable(f"https://user:{ALICE}@host/x?token={BOB}") == "https://***@host/x?token=***"
+    for dataset, name in {
+        "org/data": "data",
+        "org/other": "org/other",
+        "~/pets/": "pets",
+        f"https://user:{ALICE}@host/x?token={BOB}": "x?token=***",
+        f"{ALICE}": "***",
+    }.items():
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"dataset": dataset}}))
+        assert read_record(tmp_path).config == {"data": {"dataset": name}}
+    assert read_record(tmp_path, dataset="org/pets").config == {"data": {"dataset": "org/pets"}}
+
+
+def test_the_published_configuration_trains_again(tmp_path):
+    shutil.copy(ROOT / "training/configs/tiny.yaml", tmp_path / "config.yaml")
+    record = read_record(tmp_path)
+    (tmp_path / "training_config.yaml").write_text(yaml.safe_dump(record.config))
+    first, again = (
+        parse_config(["--config", str(tmp_path / f"{name}config.yaml")]) for name in ("", "training_")
+    )
+    assert (first.data, first.denoiser, first.evaluation) == (again.data, again.denoiser, again.evaluation)
 
 
 def test_an_export_is_repeatable_and_replaces_only_an_export(run, export, tmp_path):
-    folder = export_for_hub(run, tmp_path / "a" / "b", REPO, "cc-by-4.0")
+    folder = export_run(run, tmp_path / "a" / "b")
     assert files(folder) == files(export)
     (folder / "sweep.png").unlink()
-    export_for_hub(run, folder, REPO, "cc-by-4.0", show_data=False)
+    export_run(run, folder, show_data=False)
     assert set(files(export)) - set(files(folder)) == {"reconstructions.png", "neighbours.png"}
     assert "neighbours.png" not in (folder / "README.md").read_text()
     (folder / "notes.txt").write_text("mine")
     before = files(folder)
     for target in (folder, run, run / "pipeline", run / "config.yaml"):
         with pytest.raises(ValueError, match="choose another folder"):
-            export_for_hub(run, target, REPO, "mit")
+            export_run(run, target)
     assert files(folder) == before and [path.name for path in folder.parent.iterdir()] == ["b"]
 
 
 def test_an_export_that_fails_leaves_what_was_there(run, tmp_path, monkeypatch):
-    folder = export_for_hub(run, tmp_path / "tiny", REPO, "cc-by-4.0")
+    folder = export_run(run, tmp_path / "tiny")
     before = files(folder)
 
     def full(*_, **__):
@@ -180,26 +208,33 @@ def test_an_export_that_fails_leaves_what_was_there(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr("ldm_pipeline.hub.render_card", full)
     with pytest.raises(ValueError, match="cannot be written.*No space left"):
-        export_for_hub(run, folder, REPO, "mit")
+        export_run(run, folder)
     assert files(folder) == before and list(tmp_path.iterdir()) == [folder]
 
 
 @pytest.mark.parametrize(
-    "repo_id, license", [("tiny", "mit"), ("a/b/c", "mit"), ("a b/c", "mit"), (REPO, "My own")]
+    "change",
+    [
+        *({"repo_id": name} for name in ("tiny", "a/b/c", "a b/c")),
+        {"license": "My own"},
+        *(
+            {"source_url": url}
+            for url in ("http://a.org/b", "git@a.org:b", f"https://x:{ALICE}@a.org/b", "https://a.org/b`")
+        ),
+    ],
 )
-def test_names_of_another_form(run, tmp_path, repo_id, license):
-    with pytest.raises(ValueError, match="repo|Repo|license"):
-        export_for_hub(run, tmp_path / "x", repo_id, license)
+def test_names_of_another_form(change, tmp_path):
+    names = {"repo_id": REPO, "license": "mit"} | change
+    with pytest.raises(HubError, match="(?i)repo|license|source_url"):
+        export_for_hub(quick_pipe(), tmp_path / "x", **names)
     assert not any(tmp_path.iterdir())
 
 
-def test_sources_without_a_pipeline(tmp_path):
-    for source, message in {
-        tmp_path: "neither pipeline/model_index.json",
-        tmp_path / "x": "no folder",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            export_for_hub(source, tmp_path / "y", REPO, "mit")
+def test_sources_without_a_pipeline(run, tmp_path):
+    assert find_run(run) == run and find_run(run / "pipeline") is None
+    for source in (tmp_path, tmp_path / "x"):
+        with pytest.raises(RunError, match="wanted a run folder"):
+            find_run(source)
 
 
 # ------------------------------------------------------------------------------------------------------- card
@@ -213,17 +248,17 @@ def test_the_card_has_what_was_measured(run, export):
         "SSIM": 0.97995,
     }
     assert results["FD-500"].dataset_args["num_inference_steps"] == 4 and results["FD-500"].dataset_name
-    assert results["FD-500"].dataset_args["reference"] == PROTOCOL["reference"]
+    assert results["FD-500"].dataset_args["dataset"] == "secret pets"
     assert len(card.data.to_dict()["model-index"][0]["results"]) == 2
     for text in (
-        *("| FD-500 | 2.481 | 0.0141 (FD-800) |", "| KD-500 | 0.00112 |  |", "| PSNR | 37.44 |", "4.8 %"),
-        *("| dog | 2.75 |\n| cat | 3.25 |\n\n", "12 steps of 16, 192 images", "2.0 h (autoencoder 1.5 min"),
-        *(
-            "1,000 for training, 200 held out, mirrored",
-            "Some Processor, 1 x 2 threads, float32",
-            "@misc{tiny",
-        ),
-        *("The best 12 of the 15 settings that were tried, by FD-50, 50 samples each", "not FID or KID"),
+        *("| FD-500 | 2.481 | 0.0141 (FD-800) |", "| KD-500 | 0.00112 |  |", "| PSNR | 37.44 |"),
+        "| dog | 2.75 |\n| T-shirt/top | 3.25 |\n\n",
+        "| denoiser | 12 | 16 | 192 | 0.001 | 2.0 h |",
+        "1,000 for training, 200 held out, mirrored",
+        "| hardware | Some Processor w/ graphics, 1 x 2 threads |\n| precision | float32 |\n| seed | 0 |",
+        "@misc{tiny",
+        "4.8 % of 500 samples",
+        *("The best 12 of 15 settings that were tried, by FD-50, 50 samples each", "not FID or KID"),
         *("(samples.png)", "(reconstructions.png)", "(neighbours.png)", "(sweep.png)", 'variant="raw"'),
     ):
         assert text in card.text, text
@@ -236,51 +271,58 @@ def test_the_card_has_what_was_measured(run, export):
 def test_what_was_not_measured_is_absent(run, metrics, tmp_path):
     if metrics is not None:
         (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    for found in (None, read_run(tmp_path)):
-        text = render_card(tiny_pipe(), REPO, "mit", run=found)
-        for word in (
-            "None",
-            "nan",
-            "{{",
-            "{%",
-            "model-index",
-            "## Figures",
-            "## Settings",
-            ".png)",
-            "Protocol",
-        ):
+    for record in (None, read_record(tmp_path)):
+        text = render_card(tiny_pipe(), REPO, "mit", record=record)
+        for word in ("None", "nan", "{{", "{%", "model-index", "## Metrics", "## Training", "## Settings"):
+            assert word not in text, word
+        for word in (".png)", "Protocol", "pip install", "training_config"):
             assert word not in text, word
         assert not re.search(r"\n\n\n|\| *\n*$", text) and "not measured" in text
 
 
 def test_every_section_of_the_template_stands_alone(run):
-    """Without any one part of the run the card is whole, with blank lines where Markdown wants them."""
-    for part in ("", *METRICS):
-        found = read_run(run)
-        found.metrics.pop(part, None)
-        text = render_card(tiny_pipe(), REPO, "mit", run=found, pictures=("samples.png", "neighbours.png"))
+    """Without any one part of the record the card is whole, with blank lines where Markdown wants them."""
+    for part in ("", *METRICS, "config", "stages", "sweep", "counts"):
+        record = read_record(run)
+        if hasattr(record, part):
+            record = replace(record, **{part: {}})
+        record.metrics.pop(part, None)
+        pictures = ("samples.png", "neighbours.png")
+        text = render_card(tiny_pipe(), REPO, "mit", record=record, pictures=pictures, source_url=URL)
         assert "\n\n\n" not in text and "None" not in text
         body = "\n" + text.split("\n---\n", 1)[1]
-        for line in re.finditer(r"^(#|!\[|```\w|<details>|\|  \|  \|)", body, re.MULTILINE):
+        for line in re.finditer(
+            r"^(#|!\[|```\w|<details>|\| \| \||\| (metric|stage|class) )", body, re.MULTILINE
+        ):
             assert body[: line.start()].endswith("\n\n"), body[line.start() - 80 : line.end() + 40]
 
 
+def test_metrics_of_an_older_version(run):
+    """Without structured fields their sentences are left out: they may name the folder, or say `no`."""
+    record = read_record(run)
+    record.metrics["hardware"] += ", no"
+    del record.metrics["precision"]
+    text = render_card(tiny_pipe(), REPO, "mit", record=record)
+    assert "Some Processor" not in text and "reference" not in text and "| seed | 0 |" in text
+
+
 def test_names_stay_in_their_cells(run):
-    found = read_run(run, dataset="org/pets")
-    found.metrics["samples"]["per_class"]["values"] = {"a|b\n<script>": 1.0}
+    record = read_record(run, dataset="org/pets")
+    record.metrics["samples"]["per_class"]["values"] = {"a|b\n<script>": 1.0}
     pipe = tiny_pipe()
     pipe.register_to_config(id2label={"0": 'the "big" cat', "1": "x", "2": "x"})
-    text = render_card(pipe, REPO, "mit", run=found, title="Pets:\n100 % & more")
+    text = render_card(pipe, REPO, "mit", record=record, title="Pets:\n100 % & more")
     assert "| a\\|b &lt;script> | 1 |" in text and "# Pets: 100 % & more\n" in text
     assert r'class_labels="the \"big\" cat", num_inference_steps=4' in text
-    assert ModelCard(text).data.datasets == ["org/pets"]
-    assert "(https://huggingface.co/datasets/org/pets)" in text and "1,000 images of org/pets" in text
+    assert ModelCard(text).data.datasets == ["org/pets"] and "secret pets" not in text
+    assert "(https://huggingface.co/datasets/org/pets)" in text and "| compared with | org/pets |" in text
 
 
 def test_defaults_of_the_pipeline_come_first(run):
     pipe = tiny_pipe()
     pipe.register_to_config(defaults={"num_inference_steps": 7, "guidance_scale": 1.5})
-    assert "num_inference_steps=7, guidance_scale=1.5)" in render_card(pipe, REPO, "mit", run=read_run(run))
+    text = render_card(pipe, REPO, "mit", record=read_record(run))
+    assert "num_inference_steps=7, guidance_scale=1.5)" in text
     assert "pipe(num_inference_steps=20)" in render_card(tiny_pipe(classes=None), REPO, "mit")
 
 
@@ -295,15 +337,6 @@ def test_a_pipeline_alone(tmp_path):
     assert Image.open(first / "samples.png").size == (8 * 16 * 6, 2 * 16 * 6)
     card = ModelCard.load(first / "README.md")
     assert card.data.datasets == ["org/pets"] and "## Training" not in card.text
-
-
-def test_the_wheel_carries_the_template(tmp_path):
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(build, check=True, cwd=ROOT, capture_output=True)
-    import zipfile
-
-    wheel = zipfile.ZipFile(next(tmp_path.glob("*.whl")))
-    assert wheel.read("ldm_pipeline/model_card.md") == (ROOT / "model_card.md").read_bytes()
 
 
 # -------------------------------------------------------------------------------------------------------- Hub
@@ -333,32 +366,32 @@ def test_push_again_with_one_change_and_to_a_branch(hub, run, export, tmp_path):
     url = push_to_hub(export, REPO, tag="v1")
     assert sent(hub) == files(export) and len(hub.commits(REPO)) == 2 and not hub.repositories[REPO].private
     assert url.endswith(hub.commits(REPO)[0].id) and hub.repositories[REPO].tags["v1"].id in url
-    assert push_to_hub(export, REPO, tag="v1", verify=False) == url  # nothing to do, as after a failed check
+    assert push_to_hub(export, REPO, verify=True) == url  # nothing to do
 
-    changed = export_for_hub(run, tmp_path / "tiny", REPO, "cc-by-4.0", title="Pets", show_data=False)
-    hub.repositories[REPO].commit("main", "by hand", "", hub.commits(REPO)[0].files | {"LICENSE": "x" * 40})
-    hub.repositories[REPO].objects["x" * 40] = b"mine"
+    owned = {"LICENSE": b"mine", f"unet/{WEIGHTS}.fp16.safetensors": b"half", "vae/notes.md": b"notes"}
+    by_hand = {name: hub.repositories[REPO].store(content) for name, content in owned.items()}
+    hub.repositories[REPO].commit("main", "by hand", "", hub.commits(REPO)[0].files | by_hand)
     hub.requests.clear()
-    with pytest.raises(ValueError, match="tag v1 of another commit"):
-        push_to_hub(changed, REPO, tag="v1")
-    push_to_hub(changed, REPO, verify=False)
-    assert sent(hub) == files(changed) | {"LICENSE": b"mine"} and len(hub.commits(REPO)) == 4
+    changed = export_run(run, tmp_path / "tiny", title="Pets", show_data=False)
+    (changed / f"unet/{WEIGHTS}.raw.safetensors").unlink()
+    push_to_hub(changed, REPO)
+    assert sent(hub) == files(changed) | owned and len(hub.commits(REPO)) == 4
     assert not [path for method, path in hub.requests if method == "PUT"]  # no weights went again
 
     head = hub.commits(REPO)[0].id
     push_to_hub(export, REPO, revision="next", tag="v2")
     assert hub.commits(REPO)[0].id == head and "# Pets" in hub.files(REPO)["README.md"].decode()
     assert hub.files(REPO, "v2") == hub.files(REPO, "next") and "# Pets" not in str(hub.files(REPO, "next"))
+    with pytest.raises(HubError, match="409.*v1"):
+        push_to_hub(export, REPO, revision="next", tag="v1")
+    assert hub.repositories[REPO].tags["v1"].id in url
 
 
 def test_private_repositories(hub, export, tmp_path):
     push_to_hub(export, REPO, private=True)
     assert hub.repositories[REPO].private
-    for token, message in {
-        "hf_wrongwrongwrong": "token is wrong",
-        BOB: "may not write to alice/tiny",
-    }.items():
-        with pytest.raises(HubError, match=message) as caught:
+    for token, status in {"hf_wrongwrongwrong": "401", BOB: "403"}.items():
+        with pytest.raises(HubError, match=f"upload to alice/tiny failed.*{status}.*hf auth login") as caught:
             push_to_hub(export, REPO, token=token)
         assert token not in str(caught.value)
         with pytest.raises((OSError, ValueError), match="alice/tiny is no local folder and no model"):
@@ -373,17 +406,19 @@ def test_private_repositories(hub, export, tmp_path):
 def picture(pipe):
     pipe = pipe if isinstance(pipe, LDMPipeline) else LDMPipeline.from_pretrained(pipe)
     pipe.set_progress_bar_config(disable=True)
-    return draw(pipe, {"num_inference_steps": 3, "guidance_scale": 2.0}, 1)
+    settings = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "np", "class_labels": [0]}
+    images = pipe(**settings, generator=[torch.Generator().manual_seed(0)]).images
+    return (images * 255).round().astype("uint8")
 
 
 def test_a_connection_that_breaks(hub, export):
     before = files(export)
     hub.cut_after(10_000, times=1)
-    push_to_hub(export, REPO, verify=False)  # huggingface_hub tries again by itself
+    push_to_hub(export, REPO)  # huggingface_hub tries again by itself
     assert sent(hub) == before and len(hub.commits(REPO)) == 2
     hub.repositories.clear()
     hub.cut_after(10_000, times=1000)
-    with pytest.raises(HubError, match="connection broke"):
+    with pytest.raises(HubError, match="upload to alice/tiny failed.*check the connection"):
         push_to_hub(export, REPO)
     assert files(export) == before and len(hub.commits(REPO)) == 1  # an empty repository, no part of a model
     hub.cut_after(0, times=0)
@@ -391,18 +426,12 @@ def test_a_connection_that_breaks(hub, export):
     assert sent(hub) == before
 
 
-def test_what_is_uploaded_is_looked_at(hub, export, monkeypatch):
-    original = LDMPipeline.from_pretrained.__func__
-
-    def other(cls, source, **options):
-        pipe = original(cls, source, **options)
-        if source == REPO:
-            pipe.unet.conv_out.bias.data += 0.1
-        return pipe
-
-    monkeypatch.setattr(LDMPipeline, "from_pretrained", classmethod(other))
-    with pytest.raises(HubError, match="draws another picture"):
-        push_to_hub(export, REPO)
+def test_an_upload_is_verified(hub, export, monkeypatch):
+    push_to_hub(export, REPO)
+    repository = hub.repositories[REPO]
+    repository.objects[hub.commits(REPO)[0].files["vae/config.json"]] += b" "
+    with pytest.raises(HubError, match="has another vae/config.json"):
+        push_to_hub(export, REPO, verify=True)
 
 
 # ---------------------------------------------------------------------------------------------------- command
@@ -425,13 +454,13 @@ def test_the_command(hub, run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["training/publish_ldm.py", "the run", "--repo_id", REPO])
     monkeypatch.setenv("HF_TOKEN", BOB)
     code, _, err = publish(capsys, *options)
-    assert code == 2 and "error: " in err and "may not write to alice/tiny" in err and BOB not in err
+    assert code == 2 and "error: " in err and "upload to alice/tiny failed" in err and BOB not in err
     assert (
         f"{tmp_path / 'tiny'} is complete" in err and "publish_ldm.py 'the run' --repo_id alice/tiny" in err
     )
 
     monkeypatch.setenv("HF_TOKEN", ALICE)
-    code, out, _ = publish(capsys, *options, "--tag", "v1")
+    code, out, _ = publish(capsys, *options, "--tag", "v1", "--verify", "true")
     assert code == 0 and "Verified" in out and hub.commits(REPO)[0].id in out
     assert sent(hub) == files(tmp_path / "tiny")
 
@@ -443,6 +472,7 @@ def test_the_command(hub, run, tmp_path, monkeypatch, capsys):
         (["--repo_id", "tiny", "--license", "mit"], "org/model"),
         (["--repo_id", REPO, "--license", "mit", "--folder", ROOT], "choose another folder"),
         (["--repo_id", REPO, "--license", "mit"], "no access token"),
+        (["--repo_id", REPO, "--license", "mit", "--source_url", "ssh://x"], "source_url"),
         (["--unknown", "1"], "unknown"),
     ],
 )
@@ -453,15 +483,35 @@ def test_what_the_command_refuses_before_it_begins(hub, run, tmp_path, monkeypat
     assert code == 2 and err.startswith("error: ") and message in err and not list(tmp_path.iterdir())
 
 
-def test_figures_of_other_weights_are_not_published(run, tmp_path, capsys):
+def test_metrics_of_other_weights_are_not_published(run, tmp_path, capsys):
     measured = run / "metrics.json"
     before = measured.read_text()
     measured.write_text(json.dumps(METRICS | {"key": {"weights": "of yesterday"}}))
     try:
-        code, _, err = publish(capsys, run, "--repo_id", REPO, "--license", "mit", "--folder", tmp_path / "x")
+        options = ("--repo_id", REPO, "--license", "mit", "--folder", tmp_path / "x", "--dry_run", "true")
+        code, _, err = publish(capsys, run, *options)
     finally:
         measured.write_text(before)
-    assert code == 2 and "was measured of other weights" in err and "evaluate_ldm.py" in err
+    assert code == 2 and "was measured with other weights" in err and "evaluate_ldm.py" in err
+
+
+def test_a_bug_keeps_its_traceback(run, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("of torch")
+
+    monkeypatch.setattr("ldm_pipeline.hub.export_for_hub", broken)
+    with pytest.raises(ValueError, match="of torch"):
+        options = [
+            "--repo_id",
+            REPO,
+            "--license",
+            "mit",
+            "--folder",
+            str(tmp_path / "x"),
+            "--dry_run",
+            "true",
+        ]
+        publish_ldm.main([str(run), *options])
 
 
 # ----------------------------------------------------------------------------------------------- other people
@@ -472,24 +522,18 @@ for name, options in {"main": {}, "v1": {"revision": "v1"}, "raw": {"variant": "
     settings = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "np", "class_labels": [0]}
     images = pipe(**settings, generator=[torch.Generator().manual_seed(0)]).images
     numpy.save(f"{name}.npy", (images * 255).round().astype("uint8"))
+runpy.run_path("snippet.py")
 """
-INSTALLED = (
-    "from ldm_pipeline import LDMPipeline\nload = LDMPipeline.from_pretrained\n"
-    + DRAW
-    + "runpy.run_path('snippet.py')"
-)
+INSTALLED = "from ldm_pipeline import LDMPipeline\nload = LDMPipeline.from_pretrained\n"
 HOSTED = (
     WITHOUT_THE_PACKAGE
     + "from functools import partial\n"
     + "load = partial(DiffusionPipeline.from_pretrained, trust_remote_code=True)\n"
-    + DRAW
 )
 
 
 def elsewhere(script, folder, url, offline=False, installed=True):
     """Run a script as another person on another machine, whose cache lies in `folder`."""
-    import torch
-
     own = {"HF_ENDPOINT": url, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1"}
     own |= {"PYTHONPATH": str(ROOT) if installed else "", "HF_HUB_OFFLINE": str(int(offline))}
     environment = {key: value for key, value in os.environ.items() if key != "HF_TOKEN"}
@@ -503,30 +547,35 @@ def elsewhere(script, folder, url, offline=False, installed=True):
 
 
 def test_other_people_load_what_was_pushed(hub, run, export, tmp_path):
-    push_to_hub(export_for_hub(run, tmp_path / "old", REPO, "mit", title="Old"), REPO, tag="v1", verify=False)
+    push_to_hub(export_run(run, tmp_path / "old", title="Old"), REPO, tag="v1")
     pipe = quick_pipe()
     pipe.unet.conv_out.bias.data += 0.3
-    new = export_for_hub(pipe, tmp_path / "new", REPO, "mit")
-    raw = (export / "unet" / "diffusion_pytorch_model.raw.safetensors").read_bytes()
-    (new / "unet" / "diffusion_pytorch_model.raw.safetensors").write_bytes(raw)
-    push_to_hub(new, REPO, verify=False)
+    raw = read_record(run).raw_weights
+    new = export_for_hub(
+        pipe, tmp_path / "new", REPO, "mit", record=TrainingRecord(raw_weights=raw), source_url=URL
+    )
+    push_to_hub(new, REPO)
     expected = {"main": picture(new), "v1": picture(export)}
     expected["raw"] = picture(LDMPipeline.from_pretrained(new, variant="raw"))
     assert len({image.tobytes() for image in expected.values()}) == 3
 
     card = hub.files(REPO)["README.md"].decode()
-    for name in ("installed", "hosted"):
-        (tmp_path / name).mkdir()
-    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    (tmp_path / "installed" / "snippet.py").write_text(snippet)
-    cache = tmp_path / "installed" / "home" / "hub"
-    for name, options in {"main": {}, "v1": {"revision": "v1"}, "raw": {"variant": "raw"}}.items():
-        loaded = LDMPipeline.from_pretrained(REPO, cache_dir=cache, **options)
-        assert np.array_equal(picture(loaded), expected[name]), name
-    asked = len(hub.requests)
-    found = elsewhere(INSTALLED, tmp_path / "installed", hub.url, offline=True)
-    assert all(np.array_equal(found[name], expected[name]) for name in expected)
-    assert Image.open(tmp_path / "installed" / "picture.png").size == (16, 16)
-    assert len(hub.requests) == asked
-    found = elsewhere(HOSTED, tmp_path / "hosted", hub.url, installed=False)
-    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    hosted, installed = re.findall(r"```python\n(.*?)```", card, re.DOTALL)  # plain Diffusers comes first
+    assert f'pip install "git+{URL}"' in card and "trust_remote_code" not in installed
+    call = hosted.splitlines()[-1]
+    for name, script, snippet in (
+        ("hosted", HOSTED, hosted),
+        ("installed", INSTALLED, f"{installed}\n{call}"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "snippet.py").write_text(snippet)
+        if name == "installed":
+            for options in ({}, {"revision": "v1"}, {"variant": "raw"}):
+                LDMPipeline.from_pretrained(REPO, cache_dir=folder / "home" / "hub", **options)
+        asked = len(hub.requests)
+        offline = name == "installed"
+        found = elsewhere(script + DRAW, folder, hub.url, offline=offline, installed=offline)
+        assert all(np.array_equal(found[name], expected[name]) for name in expected)
+        assert Image.open(folder / "sample.png").size == (16, 16)
+        assert not offline or len(hub.requests) == asked

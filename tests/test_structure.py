@@ -83,6 +83,7 @@ def test_the_wheel_carries_the_package_alone(tmp_path):
 
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"ldm_pipeline"}
+    assert "ldm_pipeline/model_card.md" in names
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Share a trained model: make the folder of its Hub repository, upload it, and try what was uploaded."""
+"""Share a trained model: make the folder of its Hub repository, and upload it."""
 
 import shlex
 import sys
@@ -9,7 +9,7 @@ from typing import NoReturn
 from jsonargparse import ArgumentError, ArgumentParser
 
 from training import config  # noqa: F401  # sets up how jsonargparse reads docstrings
-from training.config import redact
+from training.config import RunError, redact
 
 
 @dataclass
@@ -22,108 +22,121 @@ class Publication:
     """Licence of the weights, which is your decision: an identifier of the Hub, such as apache-2.0, mit,
     cc-by-4.0 or openrail."""
     folder: str | None = None
-    """Where the content of the repository is made; an earlier export there is replaced.
+    """Folder for the content of the repository; an earlier export there is replaced.
     Default: hub/<name of the repository>."""
     private: bool = False
     """Make a new repository private. An existing one stays as it is, and must be private then."""
     revision: str | None = None
     """Branch to upload to, created if need be. Default: main."""
     tag: str | None = None
-    """Name for the uploaded commit, such as v1."""
+    """New name for the uploaded commit, such as v1."""
     title: str | None = None
-    """Title of the model card. Default: "Latent diffusion on" and the data's name."""
+    """Title of the model card. Default: "Latent diffusion on" and the dataset."""
     dataset: str | None = None
-    """Hub id or name of the data for the card. Default: the configuration's own, of a path its last part."""
+    """Hub id or name of the dataset for the card. Default: the configuration's own, of a path its last
+    part."""
+    source_url: str | None = None
+    """Address of a git repository with this package, such as https://github.com/org/name: the card then tells
+    how to install it from there. Default: the card needs Diffusers alone."""
     show_data: bool = True
-    """Include the pictures that show images of the data: reconstructions.png, neighbours.png."""
-    verify: bool = True
-    """Download the model again afterwards, draw a picture, and compare it with one of the folder's."""
+    """Include the pictures that show images of the dataset: reconstructions.png, neighbours.png."""
+    verify: bool = False
+    """Download the upload again, and compare every file."""
     dry_run: bool = False
-    """Make the folder, say what would be uploaded where, and stop: no request is sent."""
+    """Make the folder, print what would be uploaded where, and stop: no request is sent."""
 
 
 def parse(argv: list[str] | None = None) -> tuple[str, Publication]:
-    """The run or pipeline folder, and the options; exits with code 2 and a message for what is wrong."""
+    """The run or pipeline folder, and the options. RunError for what is wrong."""
     parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("run", type=str, help="Run folder, or folder of a pipeline.")
     parser.add_class_arguments(Publication)
     try:
         parsed = parser.parse_args(argv)
     except ArgumentError as error:
-        stop(f"{error}\nAll options: --help")
-    return parsed.run, Publication(**{f.name: getattr(parsed, f.name) for f in fields(Publication)})
-
-
-def publish(source: str, options: Publication) -> None:
-    """Check, export, upload, verify; ValueError for what can be mended."""
-    from ldm_pipeline import hub  # here, because --help needs no Diffusers, which takes seconds to import
-
+        raise RunError(f"{error}\nAll options: --help") from error
+    options = Publication(**{f.name: getattr(parsed, f.name) for f in fields(Publication)})
     if options.repo_id is None or options.license is None:
-        raise ValueError(
+        raise RunError(
             "wanted: --repo_id, where to publish, such as org/cifar-ldm, and --license, the licence that you "
             "give the weights, such as apache-2.0 or cc-by-4.0"
         )
-    hub.check_names(options.repo_id, options.license)
+    return parsed.run, options
+
+
+def publish(source: Path, options: Publication) -> None:
+    """Check, export and upload. RunError or HubError for what can be mended."""
+    from ldm_pipeline import hub
+    from training.runtime.record import find_run, read_record, shareable
+
+    hub.check_names(options.repo_id, options.license, options.source_url)
     folder = Path(options.folder or f"hub/{options.repo_id.split('/')[1]}")
     hub.check_target(folder)
-    check_figures(hub.find_run(Path(source)))
     if not options.dry_run:
         hub.require_token()
+    run, dataset = find_run(source), shareable(options.dataset)
+    pipeline = load(run / "pipeline" if run else source)
+    if run:
+        check_metrics(run, pipeline)
     hub.export_for_hub(
-        source,
+        pipeline,
         folder,
         options.repo_id,
         options.license,
         title=options.title,
-        dataset=options.dataset,
-        show_data=options.show_data,
-    )
-    visibility, branch = "private" if options.private else "public", options.revision or "main"
-    where = (
-        f"{options.repo_id} ({visibility}), branch {branch}{f', tag {options.tag}' if options.tag else ''}"
+        dataset=dataset,
+        source_url=options.source_url,
+        record=read_record(run, dataset, options.show_data) if run else None,
     )
     print("\n".join(listing(folder)))
+    visibility, branch = "private" if options.private else "public", options.revision or "main"
+    where = f"{options.repo_id} ({visibility}), branch {branch}" + (
+        f", tag {options.tag}" if options.tag else ""
+    )
     if options.dry_run:
         print(f"\n--dry_run: nothing was sent. It would be uploaded to {where}")
         return
     print(f"\nUploading to {where}", flush=True)
     print(f"Uploaded: {upload(folder, options)}")
     if options.verify:
-        print(f"Verified: downloaded again, it draws the same picture as {folder}")
+        print(f"Verified: downloaded again, every file is that of {folder}")
+
+
+def load(folder: Path):
+    """The pipeline in a folder. RunError if it is damaged."""
+    from ldm_pipeline import LDMPipeline
+
+    try:
+        return LDMPipeline.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder} cannot be loaded: {error}") from error
+
+
+def check_metrics(run: Path, pipeline) -> None:
+    """RunError if the run's metrics were measured with other weights than its pipeline has now."""
+    from training.evaluation.samples import weights_of
+    from training.runtime.atomic import read_json
+
+    path = run / "metrics.json"
+    measured = read_json(path).get("key", {}).get("weights") if path.exists() else None
+    if measured and measured != weights_of(pipeline):
+        raise RunError(
+            f"{path} was measured with other weights than {run / 'pipeline'} has now; measure again: "
+            f"python training/evaluate_ldm.py --config {run / 'config.yaml'}"
+        )
 
 
 def upload(folder: Path, options: Publication) -> str:
-    """The address of the commit; ValueError with the command that tries again."""
-    from ldm_pipeline import push_to_hub
+    """The address of the commit. RunError with the command that tries again."""
+    from ldm_pipeline.hub import HubError, push_to_hub
 
+    names = ("private", "revision", "tag", "verify")
     try:
-        return push_to_hub(
-            folder,
-            options.repo_id,
-            private=options.private,
-            revision=options.revision,
-            tag=options.tag,
-            verify=options.verify,
-        )
-    except (ValueError, KeyboardInterrupt) as error:
+        return push_to_hub(folder, options.repo_id, **{name: getattr(options, name) for name in names})
+    except (HubError, KeyboardInterrupt) as error:
         reason = "stopped" if isinstance(error, KeyboardInterrupt) else error
         again = shlex.join(["python", *sys.argv])
-        raise ValueError(f"{reason}\n{folder} is complete. Try again: {again}") from error
-
-
-def check_figures(run: Path | None) -> None:
-    """ValueError where the run's figures were measured of other weights than its pipeline now has."""
-    if run is None or not (run / "metrics.json").exists():
-        return
-    from ldm_pipeline.pipeline import LDMPipeline, read_json
-    from training.evaluation.samples import weights_of
-
-    measured = read_json(run / "metrics.json").get("key", {}).get("weights")
-    if measured and measured != weights_of(LDMPipeline.from_pretrained(run / "pipeline")):
-        raise ValueError(
-            f"{run / 'metrics.json'} was measured of other weights than {run / 'pipeline'} now has; measure "
-            f"again: accelerate launch training/evaluate_ldm.py --config {run / 'config.yaml'}"
-        )
+        raise RunError(f"{reason}\n{folder} is complete. Try again: {again}") from error
 
 
 def listing(folder: Path) -> list[str]:
@@ -133,19 +146,24 @@ def listing(folder: Path) -> list[str]:
     return [*lines, f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files"]
 
 
-def stop(message: str) -> NoReturn:
-    """Exit with code 2 and the message, without tokens."""
-    print(redact(f"error: {message}"), file=sys.stderr)
-    sys.exit(2)
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command; exits with code 2 and a message for what its user can mend."""
-    source, options = parse(argv)
     try:
-        publish(source, options)
-    except (ValueError, OSError) as error:
-        stop(str(error))
+        source, options = parse(argv)
+    except RunError as error:
+        stop(error)
+    from ldm_pipeline.hub import HubError  # here, because --help and a typo need no Diffusers
+
+    try:
+        publish(Path(source), options)
+    except (RunError, HubError) as error:
+        stop(error)
+
+
+def stop(error: ValueError) -> NoReturn:
+    """Exit with code 2 and the message, without tokens."""
+    print(redact(f"error: {error}"), file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
