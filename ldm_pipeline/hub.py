@@ -116,13 +116,11 @@ def check_target(folder: Path) -> None:
     """Raises HubError unless `folder` is absent, empty, or holds an earlier export and nothing else."""
     if not folder.exists():
         return
-    if not folder.is_dir():
-        raise HubError(f"{folder} is a file; choose another folder for the export")
-    names = {path.name for path in folder.iterdir()}
-    if foreign := sorted(names - {*FILES, *COMPONENTS}):
-        raise HubError(f"{folder} holds {', '.join(foreign[:3])}, which is no export; choose another folder")
-    if names and not {"README.md", "pipeline.py", "model_index.json"} <= names:
-        raise HubError(f"{folder} is not empty and no earlier export; choose another folder")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    foreign = names - {*FILES, *COMPONENTS}
+    if foreign or (names and not {"README.md", "pipeline.py", "model_index.json"} <= names):
+        found = ", ".join(sorted(foreign or names)[:3])
+        raise HubError(f"{folder}: {found} is not the export that it would replace; choose another folder")
 
 
 def _sample_grid(pipe: LDMPipeline) -> Image.Image:
@@ -139,20 +137,17 @@ def _sample_grid(pipe: LDMPipeline) -> Image.Image:
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
     """A folder to write to, which afterwards takes the place of `folder`. An error leaves all as it was."""
-    aside, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("tmp", "old"))
     try:
-        for path in (aside, old):
-            shutil.rmtree(path, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        if folder.exists():
-            folder.rename(old)
-        aside.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as aside:
+            new, old = Path(aside) / "new", Path(aside) / "old"
+            new.mkdir()
+            yield new
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
     except (OSError, SafetensorError) as error:
         raise HubError(f"{folder} cannot be written: {error}; make room or choose another folder") from error
-    finally:
-        for path in (aside, old):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------------- upload

@@ -370,7 +370,7 @@ def test_push_again_with_one_change_and_to_a_branch(hub, run, export, tmp_path):
 
     owned = {"LICENSE": b"mine", f"unet/{WEIGHTS}.fp16.safetensors": b"half", "vae/notes.md": b"notes"}
     by_hand = {name: hub.repositories[REPO].store(content) for name, content in owned.items()}
-    hub.repositories[REPO].commit("main", "by hand", "", hub.commits(REPO)[0].files | by_hand)
+    hub.repositories[REPO].commit("main", "by hand", hub.commits(REPO)[0].files | by_hand)
     hub.requests.clear()
     changed = export_run(run, tmp_path / "tiny", title="Pets", show_data=False)
     (changed / f"unet/{WEIGHTS}.raw.safetensors").unlink()
