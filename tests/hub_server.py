@@ -12,9 +12,8 @@ import json
 import re
 import threading
 from dataclasses import dataclass, field
-from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import yaml
 
@@ -38,8 +37,6 @@ class Request:
 
     method: str
     path: str
-    query: dict[str, list[str]]
-    headers: Message
     user: str | None
     body: bytes
 
@@ -313,7 +310,7 @@ class Handler(BaseHTTPRequestHandler):
         hub.requests.append((self.command, unquote(url.path)))
         if cut is not None:
             return  # the connection closes, without an answer and with a body half read
-        request = Request(self.command, url.path, parse_qs(url.query), self.headers, user, body)
+        request = Request(self.command, url.path, user, body)
         try:
             self.send(hub.answer(request))
         except Refusal as refusal:

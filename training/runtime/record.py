@@ -91,10 +91,9 @@ def _metrics(path: Path, dataset: str | None) -> dict:
     found = _read(path)
     metrics = {name: found[name] for name in METRICS if name in found}
     if protocol := metrics.get("samples", {}).get("protocol"):
-        protocol = {name: protocol[name] for name in PROTOCOL if name in protocol}
-        own = {"dataset": dataset} if "dataset" in protocol else {}
-        own |= {"features": shareable(protocol["features"])} if "features" in protocol else {}
-        metrics["samples"] = metrics["samples"] | {"protocol": protocol | own}
+        own = protocol | {"dataset": dataset, "features": shareable(protocol.get("features"))}
+        own = {name: own[name] for name in PROTOCOL if own.get(name) is not None}
+        metrics["samples"] = metrics["samples"] | {"protocol": own}
     return metrics
 
 
