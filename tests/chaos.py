@@ -1,7 +1,7 @@
 """Accidents at every moment of the tiny run: `make chaos`. Prints what was injected, and what was lost.
 
 Every life of a run is a real process, forked from one that has the libraries loaded (so it needs Linux or
-macOS). Accidents hit it from outside, at random moments, or inside its writes, through `atomic.passing`.
+macOS). Accidents hit it from outside, at random moments, or inside its writes, through `atomic.on_write`.
 """
 
 import json
@@ -30,14 +30,15 @@ from training.runtime.folder import LOCK  # noqa: E402
 from training.runtime.signals import EXIT_CODE  # noqa: E402
 
 TINY = ROOT / "training" / "configs" / "tiny.yaml"
-# Epochs end in the middle of a batch, a step has two parts, and the discriminator joins in.
+# Epochs end in the middle of a batch, a step has two parts, and the discriminator joins in. Every step has a
+# line in the log, because a signal between two lines adds one.
 OPTIONS = (
     "--data.held_out=0.95",
     "--autoencoder.gradient_accumulation_steps=2",
     "--autoencoder.gan_weight=0.1",
 )
 OPTIONS += ("--autoencoder.gan_start=5", "--denoiser.gradient_accumulation_steps=2")
-OPTIONS += ("--evaluation.batch_size=800",)
+OPTIONS += ("--evaluation.batch_size=800", "--autoencoder.log_every=1", "--denoiser.log_every=1")
 TIMED = {"seconds", "images_per_second", "data_wait"}
 Key = tuple[str, str, int]
 
@@ -125,14 +126,14 @@ def strike_in_writes(
 ) -> None:
     """Have `accident(moment, path)` at the first `wanted` moment of a write that is not `known` yet."""
 
-    def passing(moment: str, path: Path) -> None:
+    def on_write(moment: str, path: Path) -> None:
         lines = len(path.read_bytes().splitlines()) if path.suffix == ".jsonl" and path.exists() else 0
         key = (re.sub(r"^.*?/run/", "", path.as_posix()), moment, lines)
         if key not in known and wanted(key):
             report.write_text(json.dumps(key))
             accident(moment, path)
 
-    atomic.passing = passing
+    atomic.on_write = on_write
 
 
 def kill_torn(moment: str, path: Path) -> None:

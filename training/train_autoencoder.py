@@ -131,17 +131,19 @@ def train_autoencoder(run: Run) -> None:
         ema.update((step + 1) * batch_size, batch_size)
         log.step_done(step + 1, skipped)
 
-        # Validation, checkpoint, and the end if somebody asked for it.
-        with log.paused():
-            if log.due(config.validate_every):
-                with ema.swapped():
-                    name = f"autoencoder-{step + 1:07d}.png"
-                    log.write(measure_reconstruction(run, autoencoder, 512, name))
-            stopping = run.interruption.requested()
-            if stopping or log.due(config.checkpoint_every):
-                checkpoints.save(accelerator, step + 1, log.record())
-            if stopping:
-                raise Interrupted
+        # Validation with the EMA weights.
+        if log.due(config.validate_every):
+            with log.paused(), ema.swapped():
+                log.write(measure_reconstruction(run, autoencoder, 512, f"autoencoder-{step + 1:07d}.png"))
+
+        # Checkpoint, and the end if somebody asked for it.
+        stopping = run.interruption.requested()
+        if stopping or log.due(config.checkpoint_every):
+            log.flush()
+            with log.paused():
+                checkpoints.save(accelerator, step + 1, {"seconds": log.seconds})
+        if stopping:
+            raise Interrupted
 
     # The result has the EMA weights.
     log.close()

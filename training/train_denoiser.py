@@ -129,12 +129,14 @@ def train_denoiser(run: Run) -> None:
                 with ema.swapped():
                     log.write(monitor.measure(step + 1))
 
-            # Checkpoint, and the end if somebody asked for it.
-            stopping = run.interruption.requested()
-            if stopping or log.due(config.checkpoint_every):
-                checkpoints.save(accelerator, step + 1, {**log.record(), "latents": key})
-            if stopping:
-                raise Interrupted
+        # Checkpoint, and the end if somebody asked for it.
+        stopping = run.interruption.requested()
+        if stopping or log.due(config.checkpoint_every):
+            log.flush()
+            with log.paused():
+                checkpoints.save(accelerator, step + 1, {"seconds": log.seconds, "latents": key})
+        if stopping:
+            raise Interrupted
 
     # The result has the EMA weights.
     log.close()

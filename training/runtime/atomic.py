@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written aside, flushed to the disk, renamed into place."""
+"""Atomic writes: to a temporary path, flushed to disk, then renamed."""
 
 import hashlib
 import json
@@ -17,29 +17,33 @@ from ldm_pipeline import pipeline
 from training.config import RunError
 
 
-def passing(moment: str, path: Path) -> None:
-    """Called as every write of `path` has "begun", is "written" aside and is "done"; `make chaos` replaces it
-    by what kills the process there."""
+def on_write(moment: str, path: Path) -> None:
+    """Test hook, empty: `make chaos` replaces it to kill the process at every moment of every write.
+
+    Args:
+        moment: "begun", "written" (to the temporary path) or "done".
+        path: the file or folder that is being written.
+    """
 
 
 @contextmanager
 def replacing(target: Path, size: int) -> Iterator[Path]:
-    """A path for the `with` block to create a file or a folder at; afterwards that is `target`.
+    """A temporary path, at which the `with` block creates a file or a folder; afterwards it is `target`.
 
-    A reader sees what was there before or all of the new, never a part, even after a loss of power.
+    A reader finds the old content or all of the new, never a part, even after a loss of power.
 
     Args:
         size: about how many bytes will be written, for the message.
 
     Raises:
-        RunError: it cannot be written; what was there before still is.
+        RunError: if it cannot be written; the old content stays.
     """
     aside = _beside(target, ".tmp")
     with _explained(target, size):
         _remove(aside)
-        passing("begun", target)
+        on_write("begun", target)
         yield aside
-        passing("written", target)
+        on_write("written", target)
         for path in [*aside.rglob("*"), aside]:
             _fsync(path)
         if target.is_dir():  # which cannot be replaced in one step
@@ -47,18 +51,18 @@ def replacing(target: Path, size: int) -> Iterator[Path]:
         os.replace(aside, target)
         _remove(_beside(target, ".old"))
         _fsync(target.parent)
-        passing("done", target)
+        on_write("done", target)
 
 
 def append_line(path: Path, text: str) -> None:
     """Append a line and flush it to the disk. Raises RunError if it cannot be written."""
     with _explained(path, len(text)):
-        passing("begun", path)
+        on_write("begun", path)
         with open(path, "a", encoding="utf-8") as file:
             file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
-        passing("done", path)
+        on_write("done", path)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -79,7 +83,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file of ours. Raises RunError if it holds none."""
+    """The object in a JSON file of a run folder. Raises RunError if the file holds none."""
     try:
         return pipeline.read_json(path)
     except (OSError, ValueError) as error:
@@ -93,7 +97,7 @@ def file_sha256(path: Path) -> str:
 
 
 def discard(path: Path) -> None:
-    """Remove a file or folder so that nobody ever finds a part of it."""
+    """Remove a file or folder at once: it is renamed first, so that no reader finds a part of it."""
     if path.exists():
         aside = _beside(path, ".tmp")
         _remove(aside)
@@ -102,7 +106,7 @@ def discard(path: Path) -> None:
 
 
 def clean_up(folder: Path) -> None:
-    """Remove what killed writes left below `folder`; a folder that was just being replaced comes back."""
+    """Remove temporary files of killed writes below `folder`; restore a folder that was being replaced."""
     for old in folder.rglob(".*.old"):
         target = old.with_name(old.name[1 : -len(".old")])
         _remove(old) if target.exists() else old.rename(target)

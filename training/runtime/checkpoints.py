@@ -1,4 +1,4 @@
-"""The checkpoints of a stage: from one of them it continues as if it had never stopped."""
+"""Checkpoints: a stage continues from the newest as if it had never stopped."""
 
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from training.runtime.distributed import fill, reshard, whole
 
 def found_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a stage's folder, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    return sorted(found, key=_step_of)
+    paths = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    return sorted(paths, key=_step_of)
 
 
 def _step_of(path: Path) -> int:
@@ -26,13 +26,13 @@ def _step_of(path: Path) -> int:
 class Checkpoints:
     """The checkpoints of one stage: `<folder>/checkpoint-<step>`, each whole or absent.
 
-    A checkpoint holds one safetensors file for each network, average and optimizer, and `state.json` with the
-    step and what else the loop must remember. No pickle.
+    A checkpoint holds one safetensors file for each network, its EMA weights and each optimizer, and
+    `state.json` with the step and the loop's record. No pickle.
 
     Args:
         folder: the stage's folder.
-        states: networks, averages and optimizers, by file name without suffix.
-        config: which checkpoints are kept.
+        states: networks, EMA and optimizers, by file name without suffix.
+        config: of the stage; says which checkpoints are kept.
     """
 
     def __init__(self, folder: Path, states: dict[str, Any], config: OptimizationConfig):
@@ -41,15 +41,15 @@ class Checkpoints:
         self.config = config
 
     def save(self, accelerator: Accelerator, step: int, record: dict) -> None:
-        """Write checkpoint `step`, then drop those that need not be kept; every process calls this.
+        """Write checkpoint `step` with `record`, then drop old checkpoints; every process calls this.
 
         Raises:
-            RunError: it cannot be written, or a weight is not finite; the older checkpoints stay.
+            RunError: if it cannot be written, or a weight is not finite; the older checkpoints stay.
         """
         files: dict[str, dict[str, Tensor]] = {name: {} for name in self.states}
         for name, state in self.states.items():
             for key, value in _tensors_of(state).items():
-                value = whole(value)  # of all processes, one tensor at a time
+                value = whole(value)  # one tensor at a time, as it may be larger than the shards
                 if accelerator.is_main_process:
                     files[name][key] = value.cpu().contiguous()
         if accelerator.is_main_process:
@@ -79,19 +79,20 @@ class Checkpoints:
                 discard(old)
 
     def restore(self, accelerator: Accelerator) -> dict:
-        """Load the newest checkpoint, if there is one, and return its record (`{"step": 0}` otherwise).
+        """Load the newest checkpoint; every process calls this.
 
-        Every process calls this.
+        Returns:
+            Its record with "step", `{"step": 0}` if there is no checkpoint.
 
         Raises:
             RunError: if it is beyond the run's last step, damaged, or of other networks.
         """
-        found = found_checkpoints(self.folder)
-        if not found:
+        paths = found_checkpoints(self.folder)
+        if not paths:
             return {"step": 0}
-        newest = found[-1]
+        newest = paths[-1]
         if accelerator.is_main_process:
-            self._rotate()  # what a process that was killed while saving has not dropped
+            self._rotate()  # a process that was killed after saving has not done it
         record = read_json(newest / "state.json")
         if record["step"] > self.config.max_steps:
             raise RunError(
@@ -100,8 +101,8 @@ class Checkpoints:
         for name, state in self.states.items():
             try:
                 _load(state, load_file(newest / f"{name}.safetensors"))
-            except Exception as error:  # whatever a reader makes of a damaged file
-                older = f"to go on from {found[-2]}" if len(found) > 1 else "to start the stage again"
+            except Exception as error:  # a damaged file raises almost anything
+                older = f"to go on from {paths[-2]}" if len(paths) > 1 else "to start the stage again"
                 raise RunError(
                     f"{newest / name}.safetensors cannot be restored ({type(error).__name__}: {error}); "
                     f"delete {newest} {older}"
@@ -112,7 +113,7 @@ class Checkpoints:
 def _tensors_of(state: Any) -> dict[str, Tensor]:
     if isinstance(state, torch.optim.Optimizer):
         moments = state.state_dict()["state"]
-        return {f"{number}.{name}": value for number, each in moments.items() for name, value in each.items()}
+        return {f"{number}.{name}": value for number, own in moments.items() for name, value in own.items()}
     if isinstance(state, torch.nn.Module):
         reshard(state)
     return state.state_dict()
@@ -124,7 +125,7 @@ def _load(state: Any, tensors: dict[str, Tensor]) -> None:
         for name in tensors:
             number, _, key = name.partition(".")
             parameter = parameters[int(number)]
-            # The moments lie as the parameter does, the count of steps is a number beside it.
+            # Moments are sharded like their parameter; the count of steps is a scalar on its device.
             like = parameter if key != "step" else torch.empty((), device=parameter.device)
             state.state[parameter][key] = torch.zeros_like(like, dtype=torch.float32)
     current = _tensors_of(state)

@@ -1,11 +1,11 @@
-"""The log of a stage, for people and for programs."""
+"""The log of a stage: progress bar, metrics.jsonl and trackers."""
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,66 +16,63 @@ from training.data.order import batch_indices
 from training.runtime.atomic import append_line, write_bytes
 from training.runtime.run import Run
 
-MAX_SKIPPED = 5  # steps in a row whose gradient is not finite: beyond bad luck
+MAX_SKIPPED = 5  # steps in a row without a finite gradient that end a run
+
+Result = TypeVar("Result")
 
 
 class RunLog:
-    """The log of one stage: a progress bar, `metrics.jsonl` and the trackers.
+    """Averages what a training loop adds per step, and writes the means every `log_every` steps.
 
-    Values are summed on the device and read only when a line is written, so logging does not stall it.
-    Reopening drops lines beyond the restored step, which the resumed run writes again.
+    Values stay on the device until a line is written, so logging does not make the host wait. Opening the log
+    drops the lines beyond the restored step, which the resumed run writes again.
 
     Args:
-        stage: name in the lines.
-        config: cadence and number of steps.
-        record: the restored checkpoint's record: "step" and what `record()` put into it.
+        stage: its name in the lines.
+        config: of the stage; how often lines are written, and the number of steps.
+        record: of the restored checkpoint, with "step" and "seconds".
     """
 
     def __init__(self, run: Run, stage: str, config: OptimizationConfig, record: dict):
-        self.run = run
-        self.stage = stage
-        self.config = config
+        self.run, self.stage, self.config = run, stage, config
         self.step = record["step"]
         self.path = run.folder / "metrics.jsonl"
-        self.earlier_seconds = record.get("seconds", 0.0)
         self.started = time.perf_counter()
-        self.current: dict[str, Tensor] = {}
-        sums, place = record.get("sums", {}), run.accelerator.process_index
-        if sums and len(next(iter(sums.values()))) != run.accelerator.num_processes:
-            sums = {key: [math.fsum(values) / len(values)] for key, values in sums.items()}
-            place = 0
-        self.sums = {key: torch.tensor(values[place], device=run.device) for key, values in sums.items()}
-        # Steps in a row that were skipped, up to now and at most since the last line, and the first of them.
-        self.bad = torch.tensor(record.get("bad", [0, 0, 0]), device=run.device)
-        self.waiting = 0.0
-        self.count, self.marked = record.get("count", 0), self.started
+        self.earlier_seconds = record.get("seconds", 0.0)
+        self.current: dict[str, Tensor] = {}  # values of the present step
+        # Skipped steps in a row: how many up to now, the most since the last line, and the first of these.
+        self.streak = torch.zeros(3, dtype=torch.long, device=run.device)
+        self._begin_line()
         if run.accelerator.is_main_process and self.path.exists():
-            kept = filter(self._stands, self.path.read_text().splitlines(keepends=True))
+            kept = filter(self._is_kept, self.path.read_text().splitlines(keepends=True))
             write_bytes(self.path, "".join(kept).encode())
         self.bar = tqdm(
             total=config.max_steps,
-            initial=record["step"],
+            initial=self.step,
             desc=stage,
             unit="step",
             disable=not run.accelerator.is_main_process,
             mininterval=1 if sys.stderr.isatty() else 30,
         )
-        self._tracked(run.accelerator.init_trackers, f"{run.folder.name}-{stage}")
+        self._track(run.accelerator.init_trackers, f"{run.folder.name}-{stage}")
 
-    def _stands(self, text: str) -> bool:
-        """Whether a line was written before the checkpoint; a line torn by a crash was not."""
+    def _is_kept(self, text: str) -> bool:
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except json.JSONDecodeError:  # torn by a crash
             return False
         return line["stage"] != self.stage or line["step"] <= self.step
+
+    def _begin_line(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count, self.waiting, self.line_started = 0, 0.0, time.perf_counter()
 
     @property
     def seconds(self) -> float:
         """Time spent in this stage, over all its continuations."""
         return self.earlier_seconds + time.perf_counter() - self.started
 
-    def wait(self, function: Callable, *arguments):
+    def wait(self, function: Callable[..., Result], *arguments) -> Result:
         """Call `function` and count its time as waiting for data."""
         begun = time.perf_counter()
         result = function(*arguments)
@@ -83,19 +80,19 @@ class RunLog:
         return result
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Add to the values `()` of the present optimizer step."""
+        """Add scalars `()` to the values of the present optimizer step."""
         for key, value in values.items():
             self.current[key] = self.current.get(key, 0) + value.detach().float()
 
     def step_done(self, step: int, skipped: Tensor) -> None:
-        """Advance the bar; write a line of means every `log_every` steps.
+        """Count an optimizer step; write a line if one is due.
 
         Args:
             step: optimizer steps done.
-            skipped: bool `()`, whether the last one was not applied; then its values do not count.
+            skipped: bool `()`, whether the last one was not applied; its values do not count.
 
         Raises:
-            RunError: when too many in a row were skipped.
+            RunError: if `MAX_SKIPPED` steps in a row were skipped.
         """
         self.step = step
         self.bar.update()
@@ -104,25 +101,32 @@ class RunLog:
             self.sums[key] = self.sums.get(key, 0) + torch.where(skipped, 0, value)
         self.sums["skipped"] = self.sums.get("skipped", 0) + skipped.float()
         self.current = {}
-        run_length = (self.bad[0] + 1) * skipped
-        first = torch.where(run_length == 1, step - 1, self.bad[2])
-        self.bad = torch.stack([run_length, torch.maximum(run_length, self.bad[1]), first])
+        now, most, first = self.streak
+        now = (now + 1) * skipped
+        first = torch.where(now == 1, step - 1, first)
+        self.streak = torch.stack([now, torch.maximum(now, most), first])
         if self.due(self.config.log_every):
-            self._write_means()
+            self.flush()
 
-    def _write_means(self) -> None:
+    def flush(self) -> None:
+        """Write the means of the steps since the last line, if there are any; every process calls this.
+
+        Called before a checkpoint too, so that a checkpoint need not hold what is not written yet.
+        """
+        if not self.count:
+            return
         keys = sorted(self.sums)
         totals = self.run.accelerator.reduce(torch.stack([self.sums[key] for key in keys]), "mean").tolist()
         totals = dict(zip(keys, totals, strict=True))
         skipped = round(totals.pop("skipped"))
-        good = self.count - skipped
-        means = {key: total / good for key, total in totals.items()} if good else {}
+        applied = self.count - skipped
+        means = {key: total / applied for key, total in totals.items()} if applied else {}
         if skipped:
             means["skipped"] = skipped
-        self._refuse_streak()
-        if means.get("loss") is not None:
+        self._end_at_streak()
+        if "loss" in means:
             self.bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
-        elapsed = time.perf_counter() - self.marked
+        elapsed = time.perf_counter() - self.line_started
         speed = {
             "learning_rate": self.config.learning_rate_at(self.step - 1),
             "images_per_second": round(self.count * self.config.batch_size / elapsed, 2),
@@ -130,63 +134,53 @@ class RunLog:
             "seconds": round(self.seconds, 1),
         }
         self.write({**means, **speed})
-        self.sums, self.count, self.waiting, self.marked = {}, 0, 0.0, time.perf_counter()
+        self._begin_line()
 
-    def _refuse_streak(self) -> None:
-        last, most, first = self.bad.tolist()
-        self.bad[1] = last
-        if most >= MAX_SKIPPED:
-            indices = batch_indices(
-                self.run.config.seed, first, self.config.batch_size, len(self.run.data.train)
-            )
-            raise RunError(
-                f"{self.stage}: loss or gradient not finite in {most} steps in a row, from step {first} on "
-                f"(mixed_precision {self.run.accelerator.mixed_precision}); none of them was applied. The "
-                f"training images of step {first}: {indices.tolist()}. Lower --{self.stage}.learning_rate or "
-                "set --mixed_precision no"
-            )
-
-    def record(self) -> dict:
-        """What a checkpoint must remember, so that the next line is that of an unbroken run.
-
-        Every process calls this.
-        """
-        sums = {}
-        if keys := sorted(self.sums):
-            each = self.run.accelerator.gather(torch.stack([self.sums[key] for key in keys])[None])
-            sums = dict(zip(keys, each.T.tolist(), strict=True))
-        return {"seconds": self.seconds, "count": self.count, "sums": sums, "bad": self.bad.tolist()}
+    def _end_at_streak(self) -> None:
+        now, most, first = self.streak.tolist()
+        self.streak[1] = now
+        if most < MAX_SKIPPED:
+            return
+        images = batch_indices(self.run.config.seed, first, self.config.batch_size, len(self.run.data.train))
+        raise RunError(
+            f"{self.stage}: loss or gradient not finite in {most} steps in a row, from step {first} on "
+            f"(mixed_precision {self.run.accelerator.mixed_precision}); none of them was applied. The "
+            f"training images of step {first}: {images.tolist()}. Lower --{self.stage}.learning_rate or "
+            "set --mixed_precision no"
+        )
 
     def due(self, every: int) -> bool:
-        """Whether something that is done every so many steps, and after the last one, is due now."""
+        """Whether the present step is the last one or a multiple of `every`."""
         return self.step % every == 0 or self.step == self.config.max_steps
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside the `with` block is not training, and not counted in its rate."""
+        """Do not count the time of the `with` block in the training speed."""
         begun = time.perf_counter()
         yield
-        self.marked += time.perf_counter() - begun
+        self.line_started += time.perf_counter() - begun
 
     def write(self, values: dict) -> None:
-        """One line of metrics.jsonl, and its numbers to the trackers."""
+        """Write one line to metrics.jsonl, and its numbers to the trackers."""
         if self.run.accelerator.is_main_process:
             append_line(self.path, json.dumps({"stage": self.stage, "step": self.step, **values}))
         numbers = {}
         for key, value in values.items():
-            each = {f"{key}_{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
-            numbers |= {f"{self.stage}/{name}": number for name, number in each.items()}
-        self._tracked(self.run.accelerator.log, numbers, self.step)
+            parts = (
+                {f"{key}_{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
+            )
+            numbers |= {f"{self.stage}/{name}": number for name, number in parts.items()}
+        self._track(self.run.accelerator.log, numbers, self.step)
 
     def close(self) -> None:
         """End the bar and this stage's trackers."""
         self.bar.close()
         for tracker in self.run.accelerator.trackers:
-            self._tracked(tracker.finish)
+            self._track(tracker.finish)
         self.run.accelerator.trackers.clear()  # init_trackers of the next stage would start them again
 
-    def _tracked(self, call: Callable, *arguments) -> None:
+    def _track(self, call: Callable, *arguments) -> None:
         try:
             call(*arguments)
-        except Exception as error:  # a logger, of whatever kind, must never end a run
+        except Exception as error:  # a tracker, of whatever kind, must never end a run
             self.run.print(f"tracker failed ({redact(str(error))}); metrics.jsonl is complete without it")

@@ -1,4 +1,4 @@
-"""A polite end: SIGTERM and SIGINT let the step finish and be saved."""
+"""SIGTERM and SIGINT: the step is finished and saved, then the process ends."""
 
 import os
 import signal
@@ -8,31 +8,31 @@ import time
 import torch
 import torch.distributed as dist
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command will go on
-SAME_SIGNAL = 1.0  # seconds in which a launcher repeats to its processes what all have got already
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command continues the run
+SAME_SIGNAL = 1.0  # seconds in which a launcher forwards to its processes a signal that they have got already
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Initialise a worker of a DataLoader: a signal to the whole process group must not end it."""
+    """`worker_init_fn` of a DataLoader: the worker ignores signals that reach the whole process group."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 class Interrupted(Exception):
-    """Everything up to here is saved; the process ends."""
+    """The run was asked to end, and everything is saved."""
 
 
 class Interruption:
-    """Whether somebody has asked this run to end. Several processes agree, so all end after the same step.
+    """Notes SIGTERM and SIGINT. Several processes agree, so that all end after the same step.
 
-    A second signal ends the process at once.
+    A second signal, a second or more later, ends the process at once.
     """
 
     def __init__(self):
         self.signal: signal.Signals | None = None
         self.since = 0.0
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        # A group of its own, on the CPU: asking must not wait for an accelerator.
+        # A group of its own, on the CPU, so that asking does not wait for an accelerator.
         self.group = dist.new_group(backend="gloo") if several else None
         self.asked: tuple[torch.Tensor, dist.Work] | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -49,9 +49,9 @@ class Interruption:
             os.kill(os.getpid(), number)
 
     def requested(self) -> bool:
-        """Whether to save and end now; every process must ask equally often.
+        """Whether to save and end now; every process calls this equally often.
 
-        Several processes get the answer to their previous question, so that none waits for the others.
+        With several processes the answer is to the previous call, so that none waits for the others.
         """
         if self.group is None:
             return self.signal is not None
@@ -64,6 +64,6 @@ class Interruption:
         return bool(before[0])
 
     def check(self) -> None:
-        """Raise Interrupted if the run is to end; for places where everything is saved already."""
+        """Raise Interrupted if the run is to end; called where everything is saved already."""
         if self.requested():
             raise Interrupted
