@@ -13,8 +13,7 @@ import torch
 import yaml
 from diffusers.utils import make_image_grid
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HFValidationError, HTTPError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -55,11 +54,7 @@ def export_for_hub(
 
     Args:
         pipe: a pipeline, or the folder of one.
-        repo_id: the repository, "org/model", that the card's snippet loads.
-        license: the Hub's identifier of the licence of the weights, such as "apache-2.0".
-        title: of the card; default: "Latent diffusion on" and the dataset.
-        dataset: Hub id or name of the training images; default: that of the record's configuration.
-        source_url: https address of a git repository from which pip installs this package, for the card.
+        repo_id, license, title, dataset, source_url: see `ldm_pipeline.render_card`.
         record: what is known of the training. It is published as it is; in a checkout,
             `training.runtime.record.read_record` makes one of a run folder, without paths of the machine.
 
@@ -98,18 +93,13 @@ def export_for_hub(
 
 def check_names(repo_id: str, license: str, source_url: str | None = None) -> None:
     """Raises HubError unless all have the form that the Hub or pip wants."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise HubError(str(error)) from error
-    if repo_id.count("/") != 1:
-        raise HubError(f"repo_id {repo_id!r}; wanted a user or organisation and a name, such as org/model")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
-        raise HubError(f"license {license!r}; wanted an identifier of the Hub such as apache-2.0 or mit")
-    if source_url and not re.fullmatch(r"https://[\w.-]+(:\d+)?(/[\w.~-]+)+", source_url):
-        raise HubError(
-            f"source_url {source_url!r}; wanted a git repository such as https://github.com/org/name"
-        )
+    for name, value, form, example in (
+        ("repo_id", repo_id, r"(?!.*(--|\.\.|\.git$))\b[\w.-]+\b/\b[\w.-]{1,96}\b", "org/model"),
+        ("license", license, r"[a-z0-9][a-z0-9.+-]*", "apache-2.0 or another identifier of the Hub"),
+        ("source_url", source_url, r"https://[\w.-]+(:\d+)?(/[\w.~-]+)+", "https://github.com/org/name"),
+    ):
+        if value is not None and not re.fullmatch(form, value):
+            raise HubError(f"{name} {value!r}: wanted a value such as {example}")
 
 
 def check_target(folder: Path) -> None:

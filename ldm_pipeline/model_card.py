@@ -75,7 +75,10 @@ def render_card(
         source_url=source_url,
         pictures=pictures,
         record=record,
-        model=_model(pipe),
+        pipe=pipe,
+        classes=num_classes(pipe.denoiser),
+        latents=latent_shape(pipe.denoiser),
+        image_size=image_size(pipe),
         call=_call(pipe, names, record.metrics.get("samples", {}).get("protocol", {})),
         class_names=names,
         real=_by_metric(record.metrics.get("real", {})),
@@ -109,31 +112,11 @@ def sampling_settings(pipe: LDMPipeline, protocol: dict) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------- the pipeline
-def _model(pipe: LDMPipeline) -> dict:
-    vae, denoiser = pipe.vae, pipe.denoiser
-    config = vae.config
+def image_size(pipe: LDMPipeline) -> list[int]:
+    """Height and width of the images in pixels."""
+    config = pipe.vae.config
     widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-    channels, *size = latent_shape(denoiser)
-    weights = [weight for part in (vae, denoiser) for weight in part.state_dict().values()]
-    types = {str(weight.dtype).removeprefix("torch.") for weight in weights if weight.is_floating_point()}
-    return {
-        "autoencoder": type(vae).__name__,
-        "denoiser": type(denoiser).__name__,
-        "scheduler": type(pipe.scheduler).__name__,
-        "autoencoder_millions": _millions(vae),
-        "denoiser_millions": _millions(denoiser),
-        "classes": num_classes(denoiser),
-        "channels": config.in_channels,
-        "image_size": [side * 2 ** (len(widths) - 1) for side in size],
-        "latents": [channels, *size],
-        "objective": pipe.config.objective["prediction_type"],
-        "megabytes": sum(weight.nbytes for weight in weights) / 1e6,
-        "dtypes": sorted(types),
-    }
-
-
-def _millions(model) -> str:
-    return f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.3g}"
+    return [side * 2 ** (len(widths) - 1) for side in latent_shape(pipe.denoiser)[1:]]
 
 
 def _call(pipe: LDMPipeline, names: list[str], protocol: dict) -> str:
