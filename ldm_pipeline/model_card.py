@@ -135,18 +135,19 @@ def _by_metric(real: dict) -> dict[str, tuple[str, float]]:
 
 
 def _sweep(sweep: dict) -> dict | None:
-    """The best rows by their first metric, which is the one to rank by."""
+    """The best settings by the metric to rank by, which is the first one if none is named."""
     rows = [row | {"figures": measured(row.get("figures"))} for row in sweep.get("settings", [])]
     rows = [row for row in rows if row["figures"]]
     if not rows:
         return None
     metrics = [name for name in rows[0]["figures"] if not name.endswith(" deviation")]  # the table is wide
     settings = [name for name in rows[0] if name != "figures"]
-    rows.sort(key=lambda row: row["figures"].get(metrics[0], math.inf))
+    rank_by = sweep.get("rank_by", metrics[0])
+    rows.sort(key=lambda row: row["figures"].get(rank_by, math.inf))
     return {
         "count": len(rows),
         "samples": sweep.get("protocol", {}).get("n"),
-        "metric": metrics[0],
+        "metric": rank_by,
         "head": [name.removeprefix("num_").replace("_", " ") for name in settings] + metrics,
         "rows": [[*map(row.get, settings), *map(row["figures"].get, metrics)] for row in rows[:SWEEP_ROWS]],
     }

@@ -166,6 +166,7 @@ def test_tokens_and_names_of_datasets(tmp_path, monkeypatch):
         "org/data": "data",
         "org/other": "org/other",
         "~/pets/": "pets",
+        ".": tmp_path.name,
         f"https://user:{ALICE}@host/x?token={BOB}": "x?token=***",
         f"{ALICE}": "***",
     }.items():

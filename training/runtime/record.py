@@ -82,7 +82,9 @@ def shareable(value):
         return [shareable(entry) for entry in value]
     if not isinstance(value, str):
         return value
-    if not is_hub_id(value) or Path(value).exists():
+    if value and Path(value).exists():
+        value = Path(value).absolute().name
+    elif not is_hub_id(value):
         value = re.split(r"[\\/]", value.rstrip("\\/"))[-1]
     return redact(value)
 
