@@ -1,4 +1,4 @@
-"""Broken images, configurations and model folders, and what becomes of them: `make fuzz` prints the table.
+"""Broken images and model folders, and what becomes of them: `make fuzz` prints the table.
 
 Whatever is neither used, nor reported, nor refused by a check of this project, raises AssertionError.
 """
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from diffusers.utils.logging import disable_progress_bar  # noqa: E402
 
-from tests import fuzz_configs, fuzz_images, fuzz_models  # noqa: E402
+from tests import fuzz_images, fuzz_models  # noqa: E402
 
 ENDS = ("used", "reported", "refused", "accepted", "works")  # one of them for every input
 
@@ -33,6 +33,5 @@ def table(title: str, outcomes: Counter) -> str:
 if __name__ == "__main__":
     disable_progress_bar()
     print(table("images", fuzz_images.outcomes()))
-    print(table("configurations", fuzz_configs.outcomes()))
     with tempfile.TemporaryDirectory() as folder:
         print(table("model folders", fuzz_models.outcomes(Path(folder))))

@@ -1,24 +1,18 @@
 """Inputs that hypothesis invents, and makes small where one breaks through."""
 
-import json
 import math
 
 import numpy as np
 import torch
-from conftest import TINY
-from fuzz_configs import options, outcome
 from fuzz_images import good_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.config import Config
 from training.data.images import ImageDataset
 from training.data.scan import _Inspection
 
 IMAGES = [content for _, content in good_images(np.random.default_rng(0))]
-NUMBERS = [name for name, value in options(Config()).items() if isinstance(value, int | float | list | tuple)]
 often = settings(max_examples=200, derandomize=True, deadline=None)
-number = st.one_of(st.integers(), st.floats(), st.booleans())
 edits = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8)
 
 
@@ -37,10 +31,3 @@ def test_an_image_is_used_or_reported(content, edits, kept, channels):
         image = split[0, False]["images"]
         assert image.shape == (channels, 8, 8) and image.dtype == torch.float32
         assert image.isfinite().all() and image.abs().max() <= 1
-
-
-@often
-@given(st.sampled_from(NUMBERS), st.one_of(number, st.lists(number, max_size=4), st.none()))
-def test_an_option_is_accepted_and_works_or_refused_by_its_name(name, value):
-    given_value = json.dumps(value).replace("Infinity", ".inf").replace("NaN", ".nan")
-    outcome(["--config", str(TINY), f"--{name}={given_value}"], (name.split(".")[-1],))

@@ -1,10 +1,15 @@
 """What may happen to a run folder, and what is refused before anything is touched."""
 
-import pytest
-from conftest import TINY
+import shutil
 
-from training.config import parse_config
-from training.runtime.folder import check_folder, close_folder, open_folder
+import pytest
+import yaml
+from conftest import TINY
+from torch import nn
+
+from ldm_pipeline.models import build_unet
+from training.config import RunError, parse_config
+from training.runtime.folder import check_folder, check_space, close_folder, open_folder
 
 
 def configure(folder, *options):
@@ -52,25 +57,74 @@ def test_redo_drops_the_stage_and_what_depends_on_it_once(finished):
         ("--data.resolution=32", "autoencoder"),
         ("--seed=1", "autoencoder"),
         ("--denoiser.adam_betas=[0.5, 0.9]", "denoiser"),
+        ("--latents.shard_size=500", "latents"),
     ],
 )
 def test_another_run_is_refused_with_the_first_stage_to_redo(finished, option, stage):
-    with pytest.raises(ValueError, match=rf"--redo '\[{stage}\]'"):
+    with pytest.raises(RunError, match=rf"--redo '\[{stage}\]'"):
         check_folder(configure(finished, option))
     check_folder(configure(finished, option, "--redo", f"[{stage}]"))
     assert len(results(finished)) == 5
 
 
 @pytest.mark.parametrize(
-    "option", ["--denoiser.max_steps=50", "--denoiser.learning_rate=0.1", "--data.num_workers=2"]
+    "option",
+    [
+        "--denoiser.max_steps=50",
+        "--denoiser.learning_rate=0.1",
+        "--data.num_workers=2",
+        "--latents.batch_size=8",  # the advice when memory runs out
+        "--evaluation.batch_size=8",
+        "--autoencoder.log_every=1",
+        "--autoencoder.keep_checkpoints=3",
+        "--autoencoder.compile=true",
+        "--autoencoder.gradient_accumulation_steps=2",
+    ],
 )
-def test_a_run_may_go_on_for_longer_or_faster(finished, option):
+def test_an_option_that_changes_no_result_may_change(finished, option):
     check_folder(configure(finished, option))
+
+
+def test_an_autoencoder_may_train_longer_until_a_denoiser_has_learnt_its_latents(finished):
+    (finished / "denoiser").rmdir()
+    check_folder(configure(finished, "--autoencoder.max_steps=20"))
+
+
+def test_a_stored_configuration_may_know_more_or_fewer_options(finished):
+    """Those of an older version: an option that it did not know had its default."""
+    stored = yaml.safe_load((finished / "config.yaml").read_text())
+    del stored["denoiser"]["prediction_type"], stored["data"]["held_out"]
+    stored["denoiser"]["forgotten"] = stored["forgotten"] = 3
+    (finished / "config.yaml").write_text(yaml.safe_dump(stored))
+    said = []
+    check_folder(configure(finished), said.append)
+    assert said == []
+    with pytest.raises(RunError, match="data.held_out changed"):
+        check_folder(configure(finished, "--data.held_out=0.1"))
+
+
+def test_a_token_is_not_stored_and_is_no_change(tmp_path):
+    configured = configure(tmp_path / "run", "--data.dataset=https://me:secret@host/x.parquet")
+    run = open_folder(configured)
+    (run / "autoencoder").mkdir()
+    check_folder(configured)
+    assert "secret" not in (run / "config.yaml").read_text()
+
+
+def test_the_disk_needs_no_room_for_checkpoints_of_a_pretrained_autoencoder(tmp_path, monkeypatch):
+    networks = nn.Linear(1000, 1000), build_unet(8, 4, [16, 32], norm_groups=8, attention_head_dim=8)
+    free = shutil.disk_usage(tmp_path)._replace(free=25 * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(RunError, match="needs up to"):
+        check_space(configure(tmp_path, "--autoencoder.keep_checkpoints=5"), networks, 1)
+    given = configure(tmp_path, "--autoencoder.pretrained=vae")
+    given.autoencoder.keep_checkpoints = 5
+    check_space(given, networks, 1)
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("chapter one")
-    with pytest.raises(ValueError, match="not a run folder"):
+    with pytest.raises(RunError, match="not a run folder"):
         check_folder(configure(tmp_path))
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(RunError, match="is a file"):
         check_folder(configure(tmp_path / "thesis.tex"))

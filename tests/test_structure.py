@@ -26,6 +26,7 @@ LAYERS = (
     "networks losses",
     "data",
     "config",
+    "options",
 )
 
 

@@ -1,31 +1,55 @@
-"""The configuration of a run: a tree of dataclasses, read from one YAML file and dotted options."""
+"""The configuration of a run: a tree of dataclasses, read from one YAML file and dotted options.
 
-import difflib
+An option's type with its range, default, help (the text below it) and resume rule stand at its field. Errors,
+`--help` and the comparison of a run with its continuation are derived from there.
+"""
+
 import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
-import yaml
-from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+from training.options import (
+    BelowOne,
+    Finite,
+    NonNegative,
+    NonNegativeInt,
+    Parser,
+    Positive,
+    PositiveInt,
+    Range,
+    RunError,
+    Share,
+    Text,
+    default_of,
+    free,
+    in_range,
+    new_parser,
+    option,
+    options,
+    tunable,
+    wanted,
+    written,
+)
 
 LOCK = ".ldm_run"  # marks a folder as ours from the first moment, and is locked while a process works there
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar10.yaml"
+LPIPS_SMALLEST = 16  # VGG halves images four times
 
-
-class RunError(ValueError):
-    """What stops a run for a reason that its user can mend.
-
-    Its message says what was found, what is wanted and which option changes it; scripts print it without a
-    traceback.
-    """
+# NumPy takes no larger seed, and the noise schedule has 1000 steps.
+Seed = Annotated[int, Range(f"a whole number from 0 to {2**32 - 1}", lambda value: 0 <= value < 2**32)]
+SamplingSteps = Annotated[int, Range("a whole number from 1 to 1000", lambda value: 1 <= value <= 1000)]
+Pixels = Annotated[int, Range("a whole number, 8 or more", lambda value: value >= 8)]
+Samples = Annotated[int, Range("a whole number, 10 or more", lambda value: value >= 10)]
+SamplesOrNone = Annotated[int, Range("0, or a whole number, 10 or more", lambda v: v == 0 or v >= 10)]
+PositiveShare = Annotated[float, Range("a number above 0, at most 1", lambda value: 0 < value <= 1)]
+Norm = Annotated[float, Range("a number above 0 (.inf: no clipping)", lambda value: value > 0)]
 
 
 def redact(text: str) -> str:
@@ -48,79 +72,79 @@ def fail(error: RunError) -> NoReturn:
 class DataConfig:
     """The images."""
 
-    dataset: str = "uoft-cs/cifar10"
-    """A Hub id, a local folder of images (with or without one folder a class, or with folders train and
-    test), a local parquet, arrow or webdataset file or folder of these, a folder by save_to_disk, or "digits"
-    (scikit-learn's handwritten digits, which need no download)."""
-    subset: str | None = None
-    """Name of the Hub data set's configuration, where it has several."""
-    train_split: str = "train"
+    dataset: Text = option("uoft-cs/cifar10", basic=True)
+    """Hub id, folder of images, or parquet, arrow or webdataset files. A folder may have one folder per
+    class, or folders train and test, or be written by save_to_disk. "digits" is scikit-learn's set of
+    handwritten digits, which needs no download."""
+    subset: Text | None = option(None, ignored_if=("dataset", "digits"))
+    """Name of the Hub dataset's configuration, if it has several."""
+    train_split: Text = option("train", ignored_if=("dataset", "digits"))
     """Split to train on."""
-    test_split: str | None = None
-    """Split for held-out figures. Found by name (test, validation) if none is given."""
-    held_out: float = 0.05
-    """Share of the training split held out (at most 2,000 images) where there is no other split."""
-    image_column: str | None = None
-    """Column of the images (type Image, or encoded bytes). Found by type if none is given."""
-    label_column: str | None = None
-    """Column of the class labels (ClassLabel, integers, names). Found by type or a usual name if none
-    is given; a data set without one is unlabelled."""
-    resolution: int = 32
-    """Height and width in pixels: the shorter side is resized to it, then the centre is cropped."""
-    channels: Literal[1, 3] = 3
+    test_split: Text | None = option(None, ignored_if=("dataset", "digits"))
+    """Split for held-out metrics. Default: found by name (test, validation)."""
+    held_out: BelowOne = 0.05
+    """Share of the training split held out (at most 2,000 images) if there is no other split."""
+    image_column: Text | None = option(None, ignored_if=("dataset", "digits"))
+    """Column of the images (type Image, or encoded bytes). Default: found by type."""
+    label_column: Text | None = option(None, basic=True, ignored_if=("dataset", "digits"))
+    """Column of the class labels (ClassLabel, integers or names). Default: found by type or a usual name; a
+    dataset without one is unlabelled."""
+    resolution: Pixels = option(32, basic=True)
+    """Height and width in pixels. The shorter side is resized to it, then the centre is cropped."""
+    channels: Literal[1, 3] = option(3, basic=True)
     """1 for grey images, 3 for RGB."""
-    horizontal_flip: bool = True
-    """Train on mirrored images too. Off where left and right mean something (digits, text)."""
-    num_workers: int = 0
+    horizontal_flip: bool = option(True, basic=True)
+    """Train on mirrored images too. Set it to false if left and right mean something (digits, text)."""
+    num_workers: NonNegativeInt = free(0)
     """Processes that decode images. 0 decodes in the training process."""
-    scan: Literal["full", "sample"] = "full"
+    scan: Literal["full", "sample"] = free("full")
     """Images that are decoded before the first step, to report and leave out unreadable ones: all, or a
-    sample of a few thousand. May change between a run and its continuation."""
+    sample of a few thousand."""
 
 
 @dataclass
 class OptimizationConfig:
-    """How long and how fast a network is trained. These may change between a run and its continuation."""
+    """How long and how fast a network is trained."""
 
-    batch_size: int = 128
-    """Images of one optimizer step, over all processes and accumulation steps together."""
-    gradient_accumulation_steps: int = 1
-    """Parts in which a process computes its share of the batch, one after another, to save memory."""
-    max_steps: int = 10_000
+    batch_size: PositiveInt = 128
+    """Images per optimizer step, over all processes and accumulation steps together."""
+    gradient_accumulation_steps: PositiveInt = free(1)
+    """Parts of a process's share of the batch, computed one after another to save memory."""
+    max_steps: PositiveInt = tunable(10_000, basic=True)
     """Optimizer steps in all."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = tunable(1e-3)
     """Peak learning rate of AdamW."""
-    warmup_steps: int = 200
-    """Steps in which the rate rises linearly from zero."""
-    decay_fraction: float = 0.4
-    """Last part of the run in which the rate falls linearly to zero."""
-    adam_betas: tuple[float, float] = (0.9, 0.99)
+    warmup_steps: NonNegativeInt = tunable(200)
+    """Steps in which the learning rate rises linearly from zero."""
+    decay_fraction: Share = tunable(0.4)
+    """Last part of the steps, in which the learning rate falls linearly to zero."""
+    adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
     """Decay of AdamW's first and second moments."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """Decoupled weight decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Norm = tunable(1.0)
     """Gradients are clipped to this norm."""
-    ema_fraction: float = 0.05
-    """Half-life of the weight average, as a share of the images seen so far (EDM2, arXiv:2312.02696)."""
-    ema_half_life: int = 500_000
+    ema_fraction: PositiveShare = 0.05
+    """Half-life of the EMA weights, as a share of the images seen so far (EDM2, arXiv:2312.02696)."""
+    ema_half_life: PositiveInt = 500_000
     """Upper bound of that half-life, in images."""
-    compile: bool = False
+    compile: bool = free(False)
     """Compile the network with torch.compile."""
-    log_every: int = 50
+    log_every: PositiveInt = free(50)
     """Steps between two lines of metrics.jsonl."""
-    validate_every: int = 1000
-    """Steps between two measurements on held-out images."""
-    sample_every: int = 1000
-    """Steps between two picture grids."""
-    checkpoint_every: int = 1000
+    validate_every: PositiveInt = free(1000)
+    """Steps between two validations on held-out images."""
+    sample_every: PositiveInt = free(1000)
+    """Steps between two grids of pictures."""
+    checkpoint_every: PositiveInt = free(1000)
     """Steps between two checkpoints."""
-    keep_checkpoints: int = 1
-    """Newest checkpoints that are kept."""
-    keep_every: int = 0
-    """Checkpoints at multiples of this step are kept for good; 0: none."""
+    keep_checkpoints: PositiveInt = free(1)
+    """Number of checkpoints that are kept, the newest ones."""
+    keep_every: NonNegativeInt = free(0)
+    """Checkpoints at multiples of this step are never deleted; 0: none."""
 
     def learning_rate_at(self, step: int) -> float:
-        """The rate of optimizer step `step` (from 0): warm-up, plateau, linear decay; the same everywhere."""
+        """The learning rate of optimizer step `step` (from 0): warm-up, plateau, linear decay."""
         rise = min(1.0, (step + 1) / max(1, self.warmup_steps))
         fall = min(1.0, (self.max_steps - step) / max(1.0, self.decay_fraction * self.max_steps))
         return self.learning_rate * min(rise, fall)
@@ -130,33 +154,33 @@ class OptimizationConfig:
 class AutoencoderConfig(OptimizationConfig):
     """Stage 1: images to latents and back."""
 
-    pretrained: str | None = None
+    pretrained: Text | None = option(None, basic=True)
     """Local folder or Hub id of an existing AutoencoderKL or AutoencoderDC, used instead of training."""
     kind: Literal["AutoencoderKL", "AutoencoderDC"] = "AutoencoderKL"
     """Class of the network. AutoencoderDC (arXiv:2410.10733) learns faster and has no posterior."""
-    widths: list[int] = field(default_factory=lambda: [64, 128])
+    widths: list[PositiveInt] = option([64, 128])
     """Channels by level. Every level after the first halves the resolution: [64, 128] downsamples by 2."""
-    blocks: list[int] = field(default_factory=lambda: [1, 1])
+    blocks: list[NonNegativeInt] = option([1, 1])
     """Residual blocks by level. AutoencoderKL wants one number everywhere; AutoencoderDC takes 0 as well."""
-    latent_channels: int = 4
+    latent_channels: PositiveInt = 4
     """Channels of the latents."""
     reconstruction_loss: Literal["l1", "l2"] = "l1"
     """Pixel error, averaged over all elements."""
-    kl_weight: float = 1e-6
+    kl_weight: NonNegative = 1e-6
     """Weight of the KL divergence in the convention of LDM (arXiv:2112.10752): KL and pixel error both
     summed over an image. Internally both are means, and the weight is multiplied by latent / image elements.
     AutoencoderDC has no posterior: there it weighs half the mean square of the latents, which keeps them from
     growing, and can be a thousand times larger."""
-    lpips_weight: float = 0.0
+    lpips_weight: NonNegative = 0.0
     """Weight of the perceptual distance LPIPS (arXiv:1801.03924); needs the extra "lpips"."""
-    gan_weight: float = 0.0
+    gan_weight: NonNegative = 0.0
     """Weight of the PatchGAN loss, on top of the adaptive weight of VQGAN (arXiv:2012.09841, eq. 7)."""
-    gan_start: int = 5000
+    gan_start: NonNegativeInt = option(5000, ignored_if=("gan_weight", 0))
     """Step at which the discriminator starts. A dip of PSNR there is normal."""
-    latent_noise: float = 0.0
-    """Deviation of noise added to the latents before decoding, relative to their own deviation over the
-    images that are computed at once."""
-    equivariance: float = 0.0
+    latent_noise: NonNegative = 0.0
+    """Deviation of the noise added to the latents before decoding, relative to the latents' own deviation
+    over the images that are computed at once."""
+    equivariance: Share = 0.0
     """Share of the steps of the second half in which latents and images are both halved in size before they
     are compared: a scale-equivariant latent space is easier to diffuse (EQ-VAE, arXiv:2502.09509)."""
 
@@ -165,11 +189,11 @@ class AutoencoderConfig(OptimizationConfig):
 class LatentsConfig:
     """Stage 2: the latents of every image and its mirror image."""
 
-    batch_size: int = 256
+    batch_size: PositiveInt = free(256)
     """Images encoded at once by one process."""
-    shard_size: int = 8192
+    shard_size: PositiveInt = 8192
     """Images in one safetensors file."""
-    resident: Literal["auto", "device", "disk"] = "auto"
+    resident: Literal["auto", "device", "disk"] = free("auto")
     """Where training reads them: all on the device, or memory-mapped. auto: device if a quarter suffices."""
 
 
@@ -177,101 +201,108 @@ class LatentsConfig:
 class DenoiserConfig(OptimizationConfig):
     """Stage 3: the diffusion model of the latents."""
 
-    widths: list[int] = field(default_factory=lambda: [128, 256, 256])
+    widths: list[PositiveInt] = option([128, 256, 256], basic=True)
     """Channels of the U-Net by level. Every level after the first halves the resolution."""
-    layers_per_block: int = 2
-    """Residual blocks in a level."""
-    attention: list[bool] = field(default_factory=lambda: [False, True, True])
+    layers_per_block: PositiveInt = 2
+    """Residual blocks per level."""
+    attention: list[bool] = option([False, True, True])
     """Levels with self-attention."""
-    attention_head_dim: int = 64
+    attention_head_dim: PositiveInt = 64
     """Channels of one attention head."""
-    norm_groups: int = 32
+    norm_groups: PositiveInt = 32
     """Groups of the group normalisation; must divide every width."""
-    dropout: float = 0.0
-    """Dropout in the residual blocks. Every process draws its own."""
+    dropout: BelowOne = 0.0
+    """Dropout probability in the residual blocks."""
     class_conditional: bool | None = None
-    """Whether labels are a condition. Unset: if the data set has them."""
-    label_dropout: float = 0.1
+    """Whether labels are a condition. Default: if the dataset has them."""
+    label_dropout: Share = option(0.1, ignored_if=("class_conditional", False))
     """Share of the images trained with the null class, for classifier-free guidance (arXiv:2207.12598)."""
     prediction_type: Literal["epsilon", "v_prediction", "flow_prediction"] = "flow_prediction"
     """What the network predicts: the noise, velocity (arXiv:2202.00512) or flow (arXiv:2209.03003)."""
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = option(
+        "linear", ignored_if=("prediction_type", "flow_prediction")
+    )
     """Noise schedule of epsilon and v_prediction; squaredcos_cap_v2 is the cosine (arXiv:2102.09672)."""
-    zero_terminal_snr: bool = False
-    """Rescale that schedule so that its last step is pure noise (arXiv:2305.08891); not with epsilon."""
+    zero_terminal_snr: bool = option(False, ignored_if=("prediction_type", "flow_prediction"))
+    """Rescale the schedule of v_prediction so that its last step is pure noise (arXiv:2305.08891)."""
     timestep_density: Literal["uniform", "logit_normal"] = "logit_normal"
     """Density of the training timesteps; logit_normal is that of Stable Diffusion 3 (arXiv:2403.03206)."""
-    logit_mean: float = 0.0
+    logit_mean: Finite = option(0.0, ignored_if=("timestep_density", "uniform"))
     """Mean of the logit-normal density; larger is noisier."""
-    logit_std: float = 1.0
+    logit_std: Positive = option(1.0, ignored_if=("timestep_density", "uniform"))
     """Deviation of the logit-normal density."""
     loss_weight: Literal["none", "min_snr", "uncertainty"] = "none"
     """Weight by timestep: none, min-SNR (arXiv:2303.09556), learned uncertainty (EDM2, arXiv:2312.02696)."""
-    min_snr_gamma: float = 5.0
+    min_snr_gamma: Positive = option(5.0, ignored_if=("loss_weight", "none", "uncertainty"))
     """Clamp of min-SNR."""
-    sample_steps: int = 20
-    """Steps of a picture in the grids, and by default in the finished pipeline."""
-    guidance_scale: float = 1.5
-    """Guidance of the class-conditional grids, and by default of the finished pipeline; 1 is off."""
-    evaluate_every: int = 0
-    """Steps between two measurements of samples of the averaged weights by --evaluation.features; 0: none."""
-    evaluate_samples: int = 1000
-    """Samples of such a measurement."""
+    sample_steps: SamplingSteps = free(20)
+    """Inference steps of the grids, and the default of the finished pipeline."""
+    guidance_scale: Finite = free(1.5, ignored_if=("class_conditional", False))
+    """Guidance scale of the class-conditional grids, and the default of the finished pipeline; 1 is off."""
+    evaluate_every: NonNegativeInt = free(0)
+    """Steps between two evaluations of samples of the EMA weights by --evaluation.features; 0: none."""
+    evaluate_samples: Samples = free(1000, ignored_if=("evaluate_every", 0))
+    """Samples of such an evaluation."""
 
 
 @dataclass
 class EvaluationConfig:
-    """Stage 4: figures and pictures of the finished model."""
+    """Stage 4: metrics and pictures of the finished model. Its results are kept per setting, so that every
+    option may change."""
 
-    pipeline: str | None = None
-    """Local folder or Hub id of a pipeline to judge instead of the run's own."""
-    num_images: int = 2000
-    """Held-out images for PSNR, SSIM, LPIPS, the validation loss and the autoencoder's Frechet distance, at
-    most."""
-    batch_size: int = 100
-    """Images at once. What is done is kept batch by batch, so another size starts anew."""
-    num_samples: int = 50_000
-    """Samples to draw for their figures, over all processes; 0: none. Below 10,000 the figures carry the
-    number in their names."""
-    features: str = "inception"
-    """Network in whose features samples are compared with training images: "inception" (that of FID; extra
-    "fid"), "digits" (for that data set), a local folder or Hub id of an image model of transformers such as
-    facebook/dinov2-base, a TorchScript file, or, on the command line alone, module:callable, Python code that
-    returns a torch.nn.Module. The last two take float32 images (N, 3, R, R) in [0, 1] and return features
-    (N, D), or these and class logits (N, K)."""
-    schedulers: list[str] = field(default_factory=list)
-    """Schedulers of Diffusers to draw with, such as [UniPCMultistep, DDIM]. Default: the pipeline's own.
-    Several schedulers, steps or scales make a sweep: all combinations, and of the best all figures."""
-    num_inference_steps: list[int] = field(default_factory=list)
+    pipeline: Text | None = free(None)
+    """Local folder or Hub id of a pipeline to evaluate instead of the run's own."""
+    num_images: PositiveInt = free(2000)
+    """Held-out images, at most, for PSNR, SSIM, LPIPS, the validation loss and the autoencoder's Frechet
+    distance."""
+    batch_size: PositiveInt = free(100)
+    """Images at once. Results are kept batch by batch, so another size starts anew."""
+    num_samples: SamplesOrNone = free(50_000, basic=True)
+    """Samples to generate for metrics, over all processes; 0: none. Metrics of fewer than 10,000 samples
+    carry the number in their names."""
+    features: Text = free("inception", basic=True)
+    """Network whose features compare samples with training images: inception, digits or a model. "inception"
+    is that of FID (extra "fid"); "digits" is for that dataset. A model is a local folder or Hub id of an
+    image model of transformers such as facebook/dinov2-base, a TorchScript file, or module:callable, Python
+    code that returns a torch.nn.Module (on the command line only). The last two take float32 images
+    (N, 3, R, R) in [0, 1] and return features (N, D), or these and class logits (N, K)."""
+    schedulers: list[str] = free([], ignored_if=("num_samples", 0))
+    """Schedulers of Diffusers to sample with, such as [UniPCMultistep, DDIM]. Default: the pipeline's own.
+    Several schedulers, steps or scales make a sweep: all combinations, and all metrics of the best one."""
+    num_inference_steps: list[SamplingSteps] = free([], ignored_if=("num_samples", 0))
     """Numbers of steps. Default: the pipeline's own."""
-    guidance_scales: list[float] = field(default_factory=list)
+    guidance_scales: list[Finite] = free([], ignored_if=("num_samples", 0))
     """Guidance scales; 1 is off. Default: the pipeline's own."""
-    save_best: bool = False
-    """Make the best setting of a sweep what the run's pipeline draws with by itself."""
-    save_samples: Literal["png", "npz"] | None = None
+    save_best: bool = free(False, ignored_if=("num_samples", 0))
+    """Store the best setting of a sweep as the default of the run's pipeline."""
+    save_samples: Literal["png", "npz"] | None = free(None, ignored_if=("num_samples", 0))
     """Keep the samples: a folder of PNG files with their parameters, or one npz of uint8 (N, H, W, C)."""
-    lpips: bool = False
-    """Measure LPIPS of reconstructions (arXiv:1801.03924, AlexNet); needs the extra "lpips"."""
+    lpips: bool = free(False)
+    """Compute LPIPS of reconstructions (arXiv:1801.03924, AlexNet); needs the extra "lpips"."""
 
 
 @dataclass
 class Config:
     """Train a latent diffusion model: images in, a Diffusers pipeline out."""
 
-    output_dir: str | None = None
+    output_dir: Text | None = option(None, resume="unrecorded", basic=True)
     """Run folder. Default: runs/<name of the config file>, or the folder of a run's own config.yaml."""
-    seed: int = 0
+    seed: Seed = option(0, basic=True)
     """Seed of everything random: weights, order, noise, pictures."""
-    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """Arithmetic of the networks; weights stay float32. auto: bf16 where the hardware has it, else no."""
-    num_threads: int | None = None
-    """CPU threads of a process. Unset: the cores that it may use; in a continued run, as many as before."""
-    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
-    """Loggers beside metrics.jsonl; need the extra "trackers"."""
-    redo: list[Literal["autoencoder", "latents", "denoiser", "evaluation"]] = field(default_factory=list)
-    """Stages to do again from the start. What depends on them is done again too."""
-    dry_run: bool = False
-    """Scan the data, print the plan, draw what the network will see, and stop."""
+    mixed_precision: Literal["auto", "no", "bf16"] = free("auto", basic=True)
+    """Arithmetic of the networks: auto, no or bf16. Weights stay float32; auto is bf16 if the hardware has
+    it."""
+    num_threads: PositiveInt | None = free(None)
+    """CPU threads per process. Default: the cores that it may use; in a continued run, as many as before."""
+    trackers: list[Literal["tensorboard", "wandb"]] = free([], basic=True)
+    """Loggers beside metrics.jsonl: [tensorboard, wandb]. They need the extra "trackers"."""
+    redo: list[Literal["autoencoder", "latents", "denoiser", "evaluation"]] = option(
+        [], resume="unrecorded", basic=True
+    )
+    """Stages to do again from the start: [autoencoder, latents, denoiser, evaluation]. The stages after them
+    are done again too."""
+    dry_run: bool = option(False, resume="unrecorded", basic=True)
+    """Scan the data, print the plan, save a picture of the networks' input, and stop."""
     data: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
@@ -279,65 +310,18 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
-LOAD = get_loader("yaml")  # jsonargparse's own, for which 1e-3 is a number
-LARGEST = 2**31 - 1
-WIDEST = 2**14
-# What is wanted, the test of it (which a NaN fails), and the options, in every section that has them. The
-# upper bounds of whole numbers keep slips of the keyboard from indices and sizes that overflow.
-RANGES = [
-    (
-        f"a whole number from 1 to {LARGEST}",
-        lambda value: 1 <= value <= LARGEST,
-        "batch_size gradient_accumulation_steps max_steps ema_half_life log_every validate_every "
-        "sample_every checkpoint_every keep_checkpoints shard_size num_images",
-    ),
-    (
-        f"a whole number from 0 to {LARGEST}",
-        lambda value: 0 <= value <= LARGEST,
-        "warmup_steps keep_every gan_start evaluate_every",
-    ),
-    (
-        f"whole numbers from 1 to {WIDEST}",
-        lambda value: 1 <= value <= WIDEST,
-        "widths latent_channels attention_head_dim norm_groups",
-    ),
-    ("a whole number from 8 to 8192", lambda value: 8 <= value <= 8192, "resolution"),
-    (f"0, or a whole number from 10 to {LARGEST}", lambda v: v == 0 or 10 <= v <= LARGEST, "num_samples"),
-    (f"a whole number from 10 to {LARGEST}", lambda value: 10 <= value <= LARGEST, "evaluate_samples"),
-    ("whole numbers from 1 to 1000", lambda value: 1 <= value <= 1000, "sample_steps num_inference_steps"),
-    ("a whole number from 1 to 100", lambda value: 1 <= value <= 100, "layers_per_block"),
-    ("whole numbers from 0 to 100", lambda value: 0 <= value <= 100, "blocks"),
-    ("a whole number from 0 to 1000", lambda value: 0 <= value <= 1000, "num_workers"),
-    ("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32, "seed"),  # as NumPy takes
-    ("a number above 0, at most 1", lambda value: 0 < value <= 1, "learning_rate ema_fraction"),
-    ("a number from 0 to 1", lambda value: 0 <= value <= 1, "decay_fraction label_dropout equivariance"),
-    ("a number from 0 to below 1", lambda value: 0 <= value < 1, "adam_betas dropout held_out"),
-    (
-        "a number from 0 to 1e6",
-        lambda value: 0 <= value <= 1e6,
-        "weight_decay kl_weight lpips_weight gan_weight latent_noise",
-    ),
-    ("a number above 0 (.inf: no clipping)", lambda value: value > 0, "max_grad_norm"),
-    ("a number above 0, at most 1e6", lambda value: 0 < value <= 1e6, "min_snr_gamma"),
-    ("a number above 0, at most 100", lambda value: 0 < value <= 100, "logit_std"),
-    (
-        "a number from -100 to 100",
-        lambda value: -100 <= value <= 100,
-        "logit_mean guidance_scale guidance_scales",
-    ),
-]
-LPIPS_SMALLEST = 16  # VGG halves images four times
-
-
 def check_config(config: Config) -> None:
-    """Refuse what can be known to fail before anything is read.
+    """Refuse values out of range, and values that cannot work together.
 
     Raises:
         RunError: with what was found, what is wanted and the option that changes it.
     """
-    if not config.output_dir or "\0" in config.output_dir:
-        raise RunError(f"--output_dir {config.output_dir!r}: want the path of a folder")
-    _check_ranges(config)
+    for name, entry in options(Config).items():
+        found = attrgetter(name)(config)
+        if found is None and entry.default is not None:  # YAML's empty value, which passes as any type
+            raise RunError(f"--{name} has no value: give one, or leave it out for its default")
+        if not in_range(found, entry.type) or (found == [] and default_of(entry)):
+            raise RunError(f"--{name} {written(found)}: want {wanted(entry.type)}")
     if not config.autoencoder.pretrained:
         _check_schedule("autoencoder", config.autoencoder)
         _check_losses(config.autoencoder, config.data.resolution)
@@ -355,24 +339,6 @@ def check_config(config: Config) -> None:
             "--denoiser.zero_terminal_snr with --denoiser.prediction_type epsilon: at pure noise the noise "
             "says nothing about the image; use v_prediction"
         )
-
-
-def _check_ranges(config: Config) -> None:
-    for section in ("", "data", "autoencoder", "latents", "denoiser", "evaluation"):
-        owner = getattr(config, section) if section else config
-        for entry in fields(owner):
-            found, option = getattr(owner, entry.name), f"--{section}.{entry.name}".replace("--.", "--")
-            if found is None and entry.default is not None:  # YAML's empty value, which any type lets pass
-                raise RunError(f"{option} has no value: give one, or leave it out for its default")
-            listed = found if isinstance(found, (list, tuple)) else [found]
-            for wanted, holds, names in RANGES:
-                empty = not listed and found != _default(entry)
-                if entry.name in names.split() and (empty or not all(map(holds, listed))):
-                    raise RunError(f"{option} {found}: want {wanted}")
-
-
-def _default(entry: Field) -> Any:
-    return entry.default_factory() if entry.default is MISSING else entry.default
 
 
 def _check_schedule(name: str, stage: OptimizationConfig) -> None:
@@ -409,108 +375,57 @@ def _check_losses(stage: AutoencoderConfig, resolution: int) -> None:
         )
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without what could hide something: keys given twice, endless aliases, the names of classes."""
+def check_ignored(config: Config, given: set[str], file: bool = True) -> None:
+    """Refuse options that differ from their default and have no effect.
 
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise _refusal("aliases are not read: write the value out", self.peek_event().start_mark)
-        return super().compose_node(parent, index)
+    An option of the configuration file may lose its effect by one of the command line: that is meant.
 
-    def compose_mapping_node(self, anchor):
-        node = super().compose_mapping_node(anchor)
-        seen = []
-        for key, value in node.value:
-            if key.value in seen:
-                raise _refusal(f"{key.value!r} is given twice: leave one", key.start_mark)
-            if key.value == "class_path":  # jsonargparse would import what it names
-                raise _refusal("class_path is no option", key.start_mark)
-            if key.value == "features" and re.fullmatch(r"[\w.]+:[\w.]+", str(value.value)):
-                raise _refusal("Python code is named on the command line alone", key.start_mark)
-            seen.append(key.value)
-        return node
+    Args:
+        given: the names of the options on the command line.
+        file: whether those of the file are looked at.
 
-
-def _refusal(problem: str, mark: yaml.Mark) -> yaml.YAMLError:
-    return yaml.YAMLError(f"line {mark.line + 1}: {problem}")
-
-
-def read_yaml(text: str) -> Any:
-    """What `text` means; YAMLError for all that is wrong with it."""
-    try:
-        yaml.compose(text, Loader=_StrictLoader)
-        return LOAD(text)
-    except RecursionError as error:
-        raise yaml.YAMLError("nested too deeply") from error
-    except ValueError as error:  # a number of thousands of digits
-        raise yaml.YAMLError(str(error)) from error
-
-
-set_loader("yaml", read_yaml, (yaml.YAMLError,))
-
-
-class _Parser(ArgumentParser):
-    """Says in which file something is wrong, and which known option an unknown one resembles."""
-
-    _file: str | None = None
-
-    def parse_path(self, path, *args, **kwargs):
-        self._file = str(path)
-        try:
-            if not Path(path).is_file():
-                self.error("want a file")
-            content = read_yaml(Path(path).read_text("utf-8"))
-            if not isinstance(content, dict):
-                self.error("holds no options: want lines such as `seed: 1`; training/configs has examples")
-            for entry in fields(Config):
-                # jsonargparse fails in a section of nothing, and imports what a name in its place names.
-                if is_dataclass(entry.default_factory) and not isinstance(content.get(entry.name, {}), dict):
-                    self.error(f"{entry.name}: want a mapping of options, not {content[entry.name]!r}")
-            return super().parse_path(path, *args, **kwargs)
-        except UnicodeDecodeError as error:
-            self.error(f"want a YAML file in UTF-8; {error}", error)
-        except yaml.YAMLError as error:
-            self.error(f"not read as YAML: {error}", error)
-        finally:
-            self._file = None
-
-    def error(self, message: str, ex: Exception | None = None):
-        """Exit with code 2, not listing all options as usual."""
-        known = [action.dest for action in self._actions]
-        for group, option in re.findall(
-            r"(?:Group '([\w.]+)' does not accept option|--|^Option)[ ']*([\w.]+)", message
-        ):
-            name = f"{group}.{option}" if group else option
-            if name not in known and (near := difflib.get_close_matches(name, known, n=1, cutoff=0.5)):
-                message += f". {name} is unknown; did you mean {near[0]}?"
-        message = message.replace("Unexpected config:", "--config wants a file, not")
-        message = message if len(message) < 2000 else f"{message[:1000]} ..."  # they repeat what was given
-        where = f"--config {self._file}: " if self._file else ""
-        self.exit(2, f"error: {where}{message}\nAll options: --help\n")
+    Raises:
+        RunError: with the option and the one that turns it off.
+    """
+    for name, entry in options(Config).items():
+        section, _, own = name.rpartition(".")
+        rules = [entry.metadata.get("ignored_if", ())]
+        if section == "autoencoder" and own != "pretrained" and config.autoencoder.pretrained:
+            rules.append(("pretrained", config.autoencoder.pretrained))
+        for other, *values in filter(None, rules):
+            other, value = f"{section}.{other}", attrgetter(name)(config)
+            off = attrgetter(other)(config) in values and value != default_of(entry)
+            if off and (name in given or (file and other not in given)):
+                raise RunError(
+                    f"--{name} {written(value)} would have no effect, because --{other} is "
+                    f"{written(attrgetter(other)(config))}: leave it out, or change that"
+                )
 
 
 @cache
-def _parser() -> _Parser:
-    parser = _Parser(description=Config.__doc__, allow_abbrev=False)
+def _config_parser() -> Parser:
+    parser = new_parser(
+        Config, "accelerate launch training/train_ldm.py [--config FILE] [--OPTION VALUE] ..."
+    )
     parser.add_argument("--config", action="config", help="YAML file of the run; later options override it.")
-    parser.add_class_arguments(Config)
     return parser
 
 
 def parse_config(argv: list[str] | None = None, stages: Sequence[str] | None = None) -> Config:
     """The checked configuration of the command line (by default the process's own).
 
-    Without `--config` it starts from `training/configs/cifar10.yaml`. Prints the resolved run and exits for
-    `--print_config`; exits with code 2 and a message for what is unknown or of a wrong type.
+    Without `--config` it starts from `training/configs/cifar10.yaml`. Prints and exits for `--help`,
+    `--help_all` and `--print_config`.
 
     Args:
-        stages: what this script does; it cannot do others again. Default: all.
+        stages: the stages of this script, which can redo no others. Default: all.
 
     Raises:
-        RunError: for values out of range, or that cannot work together.
+        RunError: for options that are unknown, wrong, without effect, or that cannot work together.
     """
-    argv, parser = sys.argv[1:] if argv is None else argv, _parser()
-    if not any(argument.split("=")[0] == "--config" for argument in argv):
+    argv, parser = sys.argv[1:] if argv is None else argv, _config_parser()
+    given = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
+    if "config" not in given:
         argv = ["--config", str(DEFAULT_CONFIG), *argv]
     parsed = parser.parse_args(argv)
     if None in parsed.config:
@@ -518,10 +433,11 @@ def parse_config(argv: list[str] | None = None, stages: Sequence[str] | None = N
     file = Path(str(parsed.config[-1]))
     parsed = parser.instantiate(parsed)
     config = Config(**{f.name: getattr(parsed, f.name) for f in fields(Config)})
+    own = (file.parent / LOCK).exists()  # the configuration that a run folder keeps means that run
     if config.output_dir is None:
-        own = (file.parent / LOCK).exists()  # the configuration that a run folder keeps means that run
         config.output_dir = str(file.parent) if own else f"runs/{file.stem}"
     check_config(config)
+    check_ignored(config, given, file=not own)  # what a run has stored was checked when it began
     if stages and (unknown := set(config.redo) - set(stages)):
         raise RunError(f"--redo {sorted(unknown)}: this script does {', '.join(stages)}; use train_ldm.py")
     return config

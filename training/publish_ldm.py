@@ -6,10 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
 
-from jsonargparse import ArgumentError, ArgumentParser
-
-from training import config  # noqa: F401  # sets up how jsonargparse reads docstrings
 from training.config import RunError, redact
+from training.options import new_parser
 
 
 @dataclass
@@ -48,13 +46,9 @@ class Publication:
 
 def parse(argv: list[str] | None = None) -> tuple[str, Publication]:
     """The run or pipeline folder, and the options. RunError for what is wrong."""
-    parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser = new_parser(Publication, "python training/publish_ldm.py RUN [--OPTION VALUE] ...")
     parser.add_argument("run", type=str, help="Run folder, or folder of a pipeline.")
-    parser.add_class_arguments(Publication)
-    try:
-        parsed = parser.parse_args(argv)
-    except ArgumentError as error:
-        raise RunError(f"{error}\nAll options: --help") from error
+    parsed = parser.parse_args(argv)
     options = Publication(**{f.name: getattr(parsed, f.name) for f in fields(Publication)})
     if options.repo_id is None or options.license is None:
         raise RunError(

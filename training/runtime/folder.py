@@ -1,6 +1,7 @@
 """The run folder: opened for one configuration only."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -10,7 +11,9 @@ import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 from torch import nn
 
-from training.config import LOCK, Config, redact
+from ldm_pipeline.pipeline import latent_shape
+from training.config import LOCK, Config, RunError, redact
+from training.options import options
 from training.runtime.atomic import clean_up, discard, write_bytes
 
 # The stages in order, and what each leaves in the run folder.
@@ -20,43 +23,29 @@ STAGES = {
     "denoiser": ["denoiser", "pipeline"],
     "evaluation": ["metrics.json", "evaluation", "sweep"],
 }
-# What may differ between a run and its continuation: how long and how fast, not what.
-FREE = {
-    "max_steps",
-    "learning_rate",
-    "warmup_steps",
-    "decay_fraction",
-    "max_grad_norm",
-    "compile",
-    "num_workers",
-    "scan",
-}
-FREE |= {"gradient_accumulation_steps", "log_every", "validate_every", "sample_every", "checkpoint_every"}
-FREE |= {"keep_checkpoints", "keep_every", "sample_steps", "guidance_scale", "resident"}
-FREE |= {"evaluate_every", "evaluate_samples"}
 
 
 def check_folder(config: Config, say: Callable[[str], None] = print) -> None:
     """Whether the run folder may be used for `config`; says what differs from the stored configuration.
 
     Raises:
-        ValueError: if it is not a run folder, or holds results of another configuration.
+        RunError: if it is not a run folder, or holds results of another configuration.
     """
     run = Path(config.output_dir)
     if run.exists() and not run.is_dir():
-        raise ValueError(f"--output_dir {run} is a file: choose a folder")
+        raise RunError(f"--output_dir {run} is a file: choose a folder")
     ours = any((run / name).exists() for name in (LOCK, "config.yaml", "data.json"))
     if run.is_dir() and any(run.iterdir()) and not ours:
-        raise ValueError(f"{run} is not empty and not a run folder: choose another --output_dir")
+        raise RunError(f"{run} is not empty and not a run folder: choose another --output_dir")
     kept = [stage for stage in list(STAGES)[: _first_redone(config)] if (run / STAGES[stage][0]).exists()]
     fatal = {}
     for key, (old, new) in _differences(read_stored(run), _remembered(config)):
-        say(redact(f"configuration changed: {key}: {old} -> {new}"))
+        say(f"configuration changed: {key}: {old} -> {new}")
         if stage := _bound_stage(key, kept):
             fatal[key] = stage
     if fatal:
         first = min(fatal.values(), key=list(STAGES).index)
-        raise ValueError(
+        raise RunError(
             f"{run} holds results of another configuration ({', '.join(fatal)} changed): choose another "
             f"--output_dir, set them back, or do it again from there: --redo '[{first}]'"
         )
@@ -66,18 +55,18 @@ def lock_folder(run: Path) -> BaseFileLock:
     """Claim the run folder, creating it, for as long as this process lives; clean up after a killed one.
 
     Raises:
-        ValueError: if another process is at work there, or the folder cannot be written.
+        RunError: if another process is at work there, or the folder cannot be written.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = FileLock(run / LOCK)
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise ValueError(
+        raise RunError(
             f"another process is at work in {run}: wait until it has ended, or choose another --output_dir"
         ) from error
     except OSError as error:
-        raise ValueError(f"--output_dir {run} cannot be written: {error}") from error
+        raise RunError(f"--output_dir {run} cannot be written: {error}") from error
     clean_up(run)
     return lock
 
@@ -86,23 +75,24 @@ def check_space(config: Config, networks: tuple[nn.Module, nn.Module], images: i
     """Whether the disk has room for all that the run will leave.
 
     Raises:
-        ValueError: with what is needed, what is free and the options that change it.
+        RunError: with what is needed, what is free and the options that change it.
     """
     run, data = Path(config.output_dir), config.data
     need = 0
     for stage, network in zip((config.autoencoder, config.denoiser), networks, strict=True):
         weights = 4 * sum(parameter.numel() for parameter in network.parameters())
         kept = stage.keep_checkpoints + (stage.max_steps // stage.keep_every if stage.keep_every else 0)
-        # A checkpoint has weights, average and two moments; one is written before one goes; then the result.
-        need += weights * (4 * (kept + 1) + 2)
-    side = networks[1].config.sample_size[0]
-    numbers = networks[1].config.in_channels * side**2 * (2 if data.horizontal_flip else 1)
+        trained = not getattr(stage, "pretrained", None)
+        # A checkpoint has weights, EMA weights and two moments; one is written before one is deleted. The
+        # result is stored for its stage and in the pipeline.
+        need += weights * (4 * (kept + 1) * trained + 2)
+    numbers = math.prod(latent_shape(networks[1])) * (2 if data.horizontal_flip else 1)
     need += images * numbers * 2 * 2  # float16, mean and deviation
     existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
     used = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
     free = shutil.disk_usage(existing).free
     if need > free + used:
-        raise ValueError(
+        raise RunError(
             f"--output_dir {run} needs up to {need / 2**30:.2f} GiB, and its disk has {free / 2**30:.2f} GiB "
             "free: make room, choose another folder, or lower keep_checkpoints or raise keep_every of "
             "--autoencoder and --denoiser"
@@ -142,9 +132,9 @@ def read_stored(run: Path) -> dict:
     try:
         tree = yaml.safe_load(stored.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{stored} is damaged ({error}): restore or delete it") from error
+        raise RunError(f"{stored} is damaged ({error}): restore or delete it") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{stored} is damaged (it holds no mapping): restore or delete it")
+        raise RunError(f"{stored} is damaged (it holds no mapping): restore or delete it")
     return tree
 
 
@@ -153,25 +143,34 @@ def _write(run: Path, tree: dict) -> None:
 
 
 def _remembered(config: Config) -> dict:
-    """All but what concerns a single call, with tuples as the lists that YAML knows."""
-    tree = json.loads(json.dumps(asdict(config)))
-    return {key: value for key, value in tree.items() if key not in ("redo", "dry_run", "output_dir")}
+    """The options that are stored, without tokens, as YAML and JSON know them."""
+    tree = json.loads(redact(json.dumps(asdict(config), ensure_ascii=False)))
+    return {key: value for key, value in tree.items() if _resume_rule(key) != "unrecorded"}
 
 
-def _differences(old: dict, new: dict, prefix: str = ""):
+def _resume_rule(name: str) -> str:
+    """Whether a run may continue with another value of an option; see `option`."""
+    entry = options(Config).get(name)
+    return entry.metadata.get("resume", "fixed") if entry else "fixed"
+
+
+def _differences(old: dict, new: dict, defaults: dict | None = None, prefix: str = ""):
+    """The options that differ, with both values. An option that `old` does not know had its default."""
+    defaults = _remembered(Config()) if defaults is None else defaults
     for key in new if old else ():
-        a, b = old.get(key), new[key]
+        a, b = old.get(key, defaults[key]), new[key]
         if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(a, b, f"{prefix}{key}.")
+            yield from _differences(a, b, defaults[key], f"{prefix}{key}.")
         elif a != b:
             yield prefix + key, (a, b)
 
 
-def _bound_stage(key: str, kept: list[str]) -> str | None:
-    """The first of the stages `kept`, which have results, that a change of `key` would make obsolete."""
-    section, _, option = key.partition(".")
-    if section in ("data", "seed"):
-        return None if option in FREE or not kept else kept[0]
-    if section == "autoencoder" and "denoiser" in kept:
-        return "autoencoder"  # even a longer training: the denoiser has learnt this autoencoder's latents
-    return section if option and section in kept and section != "evaluation" and option not in FREE else None
+def _bound_stage(name: str, kept: list[str]) -> str | None:
+    """The first of the stages `kept`, which have results, that a change of an option would make obsolete."""
+    rule, section = _resume_rule(name), name.partition(".")[0]
+    used = section == "autoencoder" and "denoiser" in kept  # the denoiser has learnt its latents
+    if not kept or rule == "free" or (rule == "while_unused" and not used):
+        return None
+    if section not in STAGES:
+        return kept[0]  # the data and the seed concern every stage
+    return section if section in kept else None
