@@ -192,10 +192,11 @@ class Parser(ArgumentParser):
         """The help of all options, or of those with the mark `basic`, with a heading for each section."""
         every = every or not any(entry.metadata.get("basic") for entry in self.known.values())
         lines = [self.description, "", f"usage: {self.usage}", ""]
-        for action in self._actions:
+        for action in sorted(self._actions, key=lambda a: a.dest in {**self.known, **self.sections}):
             entry = self.known.get(action.dest)
             if action.dest in self.sections:
-                lines += ["", f"{action.dest}: {self.sections[action.dest]}"] * every
+                heading = " ".join(f"{action.dest}: {self.sections[action.dest]}".split())
+                lines += ["", *textwrap.wrap(heading, 100)] * every
                 continue
             if action.help == argparse.SUPPRESS or (entry and not every and not entry.metadata.get("basic")):
                 continue
@@ -205,7 +206,7 @@ class Parser(ArgumentParser):
             if entry and every and (takes := wanted(entry.type)) not in EVIDENT:
                 text += f" Takes {takes}."
             if entry and default_of(entry) not in (None, []):
-                text += f" [{written(default_of(entry))}]"
+                text += f" (default: {written(default_of(entry))})"
             lines += textwrap.wrap(
                 text, 100, initial_indent=f"  {name:<32} ", subsequent_indent=" " * 35, break_on_hyphens=False
             )
