@@ -5,8 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test proofs chaos fuzz
 
 demo: .venv/installed ## set up, then train on handwritten digits, on two CPU cores in a few minutes
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --dynamo_backend no --mixed_precision no \
-		training/train_ldm.py --config training/configs/digits.yaml
+	$(BIN)/python training/train_ldm.py --config training/configs/digits.yaml
 
 test: .venv/installed ## set up, then run all tests, two files at once
 	$(BIN)/ruff check .
