@@ -20,7 +20,7 @@ from training.data.images import ImageDataset, load_images
 from training.data.latents import encode
 from training.evaluation.features import FeatureNetwork, load_network
 from training.evaluation.metrics import FrechetDistance
-from training.evaluation.plots import to_bytes
+from training.evaluation.plots import to_uint8
 from training.evaluation.validation import psnr, ssim
 
 
@@ -47,7 +47,7 @@ def patch_pca(images: Tensor, factor: int, channels: int) -> Callable[[Tensor], 
 
 def features(network: FeatureNetwork, images: Tensor) -> Tensor:
     """Features `(N, D)` of images in [-1, 1]."""
-    return torch.cat([network(to_bytes(batch))["features"] for batch in images.split(250)])
+    return torch.cat([network(to_uint8(batch))["features"] for batch in images.split(250)])
 
 
 @torch.no_grad()
@@ -75,9 +75,9 @@ def main():
     print("| code | PSNR | SSIM | fd |\n|---|---|---|---|")
     for name, code in codes.items():
         decoded = torch.cat([code(batch) for batch in held_out.split(250)])
-        figures = [f"{psnr(decoded, held_out).mean():.2f}", f"{ssim(decoded, held_out).mean():.4f}"]
-        figures.append(f"{distance(features(network, decoded)):.3f}" if network else "")
-        print(f"| {name} | {' | '.join(figures)} |", flush=True)
+        metrics = [f"{psnr(decoded, held_out).mean():.2f}", f"{ssim(decoded, held_out).mean():.4f}"]
+        metrics.append(f"{distance(features(network, decoded)):.3f}" if network else "")
+        print(f"| {name} | {' | '.join(metrics)} |", flush=True)
 
 
 if __name__ == "__main__":

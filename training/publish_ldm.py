@@ -108,12 +108,12 @@ def load(folder: Path):
 
 def check_metrics(run: Path, pipeline) -> None:
     """RunError if the run's metrics were measured with other weights than its pipeline has now."""
-    from training.evaluation.samples import weights_of
+    from training.evaluation.samples import pipeline_sha256
     from training.runtime.atomic import read_json
 
     path = run / "metrics.json"
     measured = read_json(path).get("key", {}).get("weights") if path.exists() else None
-    if measured and measured != weights_of(pipeline):
+    if measured and measured != pipeline_sha256(pipeline):
         raise RunError(
             f"{path} was measured with other weights than {run / 'pipeline'} has now; measure again: "
             f"python training/evaluate_ldm.py --config {run / 'config.yaml'}"

@@ -8,6 +8,7 @@ import torch
 
 from training.config import Config, RunError, fail
 from training.dry_run import describe_plan, save_data_grid
+from training.evaluation.checks import check_evaluation
 from training.runtime.checkpoints import found_checkpoints
 from training.runtime.folder import close_folder
 from training.runtime.run import Run, start
@@ -36,7 +37,9 @@ def run_stages(config: Config, *stages: Stage) -> Run | None:
     everything is saved.
     """
     try:
-        run = start(config, [stage.name for stage in stages])
+        names = [stage.name for stage in stages]
+        run = start(config, names)
+        check_evaluation(run, names)
         if config.dry_run:
             run.print(describe_plan(run))
             run.print(save_data_grid(run))

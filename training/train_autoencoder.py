@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from training.config import RunError
 from training.data.order import StepSampler, batch_slices, seeded_generator
-from training.evaluation.validation import measure_reconstruction
+from training.evaluation.validation import reconstruction_metrics
 from training.losses.autoencoder import (
     AutoencoderLoss,
     PatchDiscriminator,
@@ -133,8 +133,10 @@ def train_autoencoder(run: Run) -> None:
 
         # Validation with the EMA weights.
         if log.due(config.validate_every):
+            grid = run.folder / "samples" / f"autoencoder-{step + 1:07d}.png"
+            held_out, size = run.data.held_out, run.config.evaluation.batch_size
             with log.paused(), ema.swapped():
-                log.write(measure_reconstruction(run, autoencoder, 512, f"autoencoder-{step + 1:07d}.png"))
+                log.write(reconstruction_metrics(accelerator, autoencoder, held_out, 512, size, grid))
 
         # Checkpoint, and the end if somebody asked for it.
         stopping = run.interruption.requested()

@@ -15,8 +15,8 @@ from training.config import DenoiserConfig, RunError
 from training.data.conditions import training_condition
 from training.data.latents import LatentDataset
 from training.data.order import batch_flips, batch_indices, batch_slices, seeded_generator
-from training.evaluation.monitor import Monitor
-from training.evaluation.validation import draw_grid, validation_loss
+from training.evaluation.samples import Sampler, SamplingSettings, start_monitor
+from training.evaluation.validation import validation_loss
 from training.losses.denoising import DenoisingLoss, sample_timesteps, stratified
 from training.networks import new_denoiser
 from training.runtime.atomic import read_json, replacing
@@ -77,7 +77,9 @@ def train_denoiser(run: Run) -> None:
         run.data.id2label if num_classes(unet) else None,
         default_arguments(config, unet),
     )
-    grid_settings = config.sample_steps, config.guidance_scale
+    size, pictures = run.config.evaluation.batch_size, run.folder / "samples"
+    sampler = Sampler(pipeline, accelerator, seed, size, run.data.train.labels)
+    settings = SamplingSettings.of_pipeline(pipeline)
 
     # Optimizer, wrapped for several processes; resume.
     if config.compile:
@@ -91,7 +93,7 @@ def train_denoiser(run: Run) -> None:
     batch_size, parts = config.batch_size, config.gradient_accumulation_steps
     slices = batch_slices(batch_size, accelerator.process_index, accelerator.num_processes, parts)
     log = RunLog(run, "denoiser", config, record)
-    monitor = Monitor(run, pipeline) if config.evaluate_every else None
+    monitor = start_monitor(run, sampler)
 
     for step in range(record["step"], config.max_steps):
         # Learning rate, and all that is random.
@@ -120,11 +122,12 @@ def train_denoiser(run: Run) -> None:
         with log.paused():
             if log.due(config.validate_every):
                 with ema.swapped():
-                    log.write(validation_loss(run, unet, trained.objective, held_out, limit=1024))
+                    objective = trained.objective
+                    log.write(validation_loss(accelerator, unet, objective, held_out, 1024, size, seed))
             if log.due(config.sample_every):
-                draw_grid(run, pipeline, f"denoiser-{step + 1:07d}-raw.png", *grid_settings)
+                sampler.save_grid(settings, pictures / f"denoiser-{step + 1:07d}-raw.png")
                 with ema.swapped():
-                    draw_grid(run, pipeline, f"denoiser-{step + 1:07d}-ema.png", *grid_settings)
+                    sampler.save_grid(settings, pictures / f"denoiser-{step + 1:07d}-ema.png")
             if monitor and log.due(config.evaluate_every):
                 with ema.swapped():
                     log.write(monitor.measure(step + 1))

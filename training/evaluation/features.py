@@ -1,59 +1,76 @@
-"""The networks in whose features images are compared, and the features of real images."""
+"""Feature networks, the features of real images, and the store that keeps features batch by batch."""
 
 import hashlib
 import inspect
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from huggingface_hub import model_info
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from training.config import RunError
-from training.data.images import ImageDataset
-from training.evaluation import digit_reader
-from training.evaluation.plots import to_bytes
-from training.evaluation.stream import read_batches, stream
-from training.runtime.run import Run
-from training.runtime.signals import leave_signals_to_parent
+from training.config import DataConfig, RunError
+from training.data.images import ImageData, load_images
+from training.evaluation.plots import to_uint8
+from training.runtime.accelerator import on_main_process
+from training.runtime.atomic import write_tensors
+from training.runtime.signals import Interruption, leave_signals_to_parent
 
-KINDS = """\
-It may be "inception" (the network of FID), "digits" (for that data set alone), a local folder or Hub id of an
-image model of transformers such as facebook/dinov2-base, a TorchScript file, or, on the command line alone,
-module:callable, Python code that returns a torch.nn.Module. The last two take float32 images (N, 3, R, R) in
-[0, 1] and return features (N, D), or these and class logits (N, K)."""
+CHOICES = """\
+Choose "inception", "digits", a local folder or Hub id of an image model of transformers such as
+facebook/dinov2-base, a TorchScript file, or module:callable on the command line (see --help_all)."""
 
 
+class FeaturesUnavailable(RunError):
+    """The feature network is a possible one, but a package or a download is missing here and now."""
+
+    def __init__(self, spec: str, reason: str):
+        super().__init__(
+            f"the feature network of --evaluation.features {spec} is not available: {reason}. Choose another "
+            "network, or --evaluation.num_samples 0 to leave the metrics of samples out"
+        )
+
+
+# ------------------------------------------------------------------------------------------ feature networks
 class FeatureNetwork(nn.Module):
-    """A network that turns images into features, with a hash of all that they depend on.
+    """A network that turns images into features.
 
     Args:
-        name: what to call it.
-        module: see `KINDS`; it takes what `prepare` makes of float32 images `(N, 3, R, R)` in [0, 1].
+        name: its name in tables.
+        module: takes the output of `prepare`; returns features `(N, D)`, or these and class logits `(N, K)`.
         resize: how `prepare` scales images, in words.
-        source: bytes of the code, beside the weights, on which the features depend.
+        prepare: a function of float32 images `(N, 3, R, R)` in [0, 1]; by default they stay as they are.
+        source: further bytes that the features depend on; hashed with the weights into `sha256`.
     """
 
     def __init__(self, name: str, module: nn.Module, resize: str = "none", prepare=None, source: bytes = b""):
         super().__init__()
         self.name, self.resize, self.prepare = name, resize, prepare
         self.module = module.eval()
-        self.sha256 = sha256_of(module, source)
+        self.sha256 = weights_sha256(module, source)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Of uint8 images `(N, 1 or 3, R, R)` "features" `(N, D)` and, of classifiers, "logits" `(N, K)`."""
+        """ "features" `(N, D)` and perhaps "logits" `(N, K)` of images uint8 `(N, 1 or 3, R, R)`."""
         pixels = images.expand(-1, 3, -1, -1).float() / 255
-        found = self.module(pixels if self.prepare is None else self.prepare(pixels))
-        found = found if isinstance(found, (tuple, list)) else (found,)
-        return dict(zip(("features", "logits"), (each.float() for each in found), strict=False))
+        outputs = self.module(pixels if self.prepare is None else self.prepare(pixels))
+        outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+        return {name: value.float() for name, value in zip(("features", "logits"), outputs, strict=False)}
 
 
-def sha256_of(module: nn.Module, source: bytes = b"") -> str:
+def weights_sha256(module: nn.Module, source: bytes = b"") -> str:
     """Hexadecimal SHA-256 of a module's weights, with their names, and of `source`."""
     digest = hashlib.sha256(source)
     for name, value in sorted(module.state_dict().items()):
@@ -62,50 +79,65 @@ def sha256_of(module: nn.Module, source: bytes = b"") -> str:
     return digest.hexdigest()
 
 
-@cache  # a run asks for it before the first stage, and in the stages that need it
+@cache  # the check before the first stage and two stages ask for it
 def load_network(spec: str) -> FeatureNetwork:
-    """The network that `--evaluation.features` names, tried on an image.
+    """The network that `--evaluation.features` names, tried on two images.
 
     Raises:
-        RunError: if there is none, a package is missing, or it returns no features.
+        FeaturesUnavailable: a package is missing, or the Hub is out of reach and the cache lacks it.
+        RunError: `spec` names no network, or it returns no features.
     """
     try:
         network = _load(spec)
-        with torch.no_grad():
-            found = network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+        outputs = network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     except RunError:
         raise
-    except Exception as error:  # somebody else's code and files
+    except Exception as error:  # other people's code and files
         raise RunError(
-            f"--evaluation.features {spec!r} gives no network: {type(error).__name__}: {error}\n{KINDS}"
+            f"--evaluation.features {spec!r} gives no network: {type(error).__name__}: {error}\n{CHOICES}"
         ) from error
-    if any(value.ndim != 2 or len(value) != 2 for value in found.values()):
-        shapes = {name: tuple(value.shape) for name, value in found.items()}
-        raise RunError(f"--evaluation.features {spec!r} returns {shapes} of two images\n{KINDS}")
+    if any(value.ndim != 2 or len(value) != 2 for value in outputs.values()):
+        shapes = {name: tuple(value.shape) for name, value in outputs.items()}
+        raise RunError(f"--evaluation.features {spec!r} returns {shapes} for two images\n{CHOICES}")
     return network
+
+
+def why_unavailable(accelerator: Accelerator, spec: str) -> str | None:
+    """The reason why `load_network` cannot have a network here and now, or None if it can.
+
+    One process asks, and downloads, for all. RunError as `load_network`.
+    """
+
+    def ask() -> str | None:
+        try:
+            load_network(spec)
+        except FeaturesUnavailable as error:
+            return str(error)
+        return None
+
+    return on_main_process(accelerator, ask)
 
 
 def _load(spec: str) -> FeatureNetwork:
     if spec == "inception":
         return _inception()
     if spec == "digits":
-        source = inspect.getsource(digit_reader).encode()
-        return FeatureNetwork(spec, digit_reader.DigitReader(), source=source)
+        return FeatureNetwork(spec, DigitReader(), source=inspect.getsource(DigitReader).encode())
     if Path(spec).is_file():
         return FeatureNetwork(Path(spec).name, torch.jit.load(spec, "cpu"), source=Path(spec).read_bytes())
-    module, colon, name = spec.partition(":")
-    if colon and not Path(spec).exists():
+    if Path(spec).is_dir():
+        return _image_model(spec, Path(spec).name)
+    if ":" in spec:
+        module, _, name = spec.partition(":")
         code = import_module(module)
         return FeatureNetwork(spec, getattr(code, name)(), source=inspect.getsource(code).encode())
-    return _from_transformers(spec)
+    return _from_hub(spec)
 
 
 def _inception() -> FeatureNetwork:
     if missing := [name for name in ("torch_fidelity", "torchvision") if find_spec(name) is None]:
-        raise RunError(
-            f"--evaluation.features inception needs {' and '.join(missing)}: "
-            "pip install -e '.[fid]' in the checkout. Or choose another network, or "
-            f"--evaluation.num_samples 0 to leave out the figures of samples.\n{KINDS}"
+        raise FeaturesUnavailable(
+            "inception", f"it needs {' and '.join(missing)}: pip install -e '.[fid]' in the package's folder"
         )
     from torchmetrics.image.fid import NoTrainInceptionV3  # here, because it is an extra
 
@@ -113,8 +145,11 @@ def _inception() -> FeatureNetwork:
         def forward(self, images):
             return self._torch_fidelity_forward(images)
 
-    # As TensorFlow 1 scaled images, without antialiasing: so are the published figures.
-    network = Inception("inception-v3-compat", ["2048", "logits_unbiased"], antialias=False)
+    try:
+        # Published FIDs scale images as TensorFlow 1 did, without antialiasing.
+        network = Inception("inception-v3-compat", ["2048", "logits_unbiased"], antialias=False)
+    except OSError as error:  # its weights come from GitHub
+        raise FeaturesUnavailable("inception", f"its weights cannot be downloaded ({error})") from error
     return FeatureNetwork(
         "inception",
         network,
@@ -123,12 +158,26 @@ def _inception() -> FeatureNetwork:
     )
 
 
-def _from_transformers(spec: str) -> FeatureNetwork:
+def _from_hub(spec: str) -> FeatureNetwork:
+    try:
+        return _image_model(spec, spec, local_files_only=True)  # does not wait for a network
+    except OSError:
+        pass  # not in the cache
+    try:
+        model_info(spec, timeout=10)  # one request: transformers would retry for a minute
+    except (HFValidationError, RepositoryNotFoundError):
+        raise
+    except Exception as error:  # of every layer below HTTP
+        raise FeaturesUnavailable(spec, f"not in the cache, and the Hub is out of reach ({error})") from error
+    return _image_model(spec, spec)
+
+
+def _image_model(source: str, name: str, **options) -> FeatureNetwork:
     from transformers import AutoModel  # here, because it takes seconds to import
     from transformers.image_processing_base import ImageProcessingMixin
 
-    settings, _ = ImageProcessingMixin.get_image_processor_dict(spec)
-    model = AutoModel.from_pretrained(spec, use_safetensors=True)
+    settings, _ = ImageProcessingMixin.get_image_processor_dict(source, **options)
+    model = AutoModel.from_pretrained(source, use_safetensors=True, **options)
     size = settings.get("crop_size") if settings.get("do_center_crop") else settings.get("size")
     size = size or model.config.image_size
     size = size if isinstance(size, int) else size.get("height") or size.get("shortest_edge")
@@ -140,53 +189,153 @@ def _from_transformers(spec: str) -> FeatureNetwork:
         return (pixels - mean.to(pixels)) / std.to(pixels)
 
     resize = f"{size}x{size}, bicubic with antialiasing"
-    name = Path(spec).name if Path(spec).exists() else spec
     return FeatureNetwork(name, _Pooled(model), resize, prepare, f"{size} {mean} {std}".encode())
 
 
 class _Pooled(nn.Module):
-    """The one vector a picture that an image model of transformers offers."""
+    """An image model of transformers, reduced to one vector per image."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, pixels: Tensor) -> Tensor:
-        if hasattr(self.model, "get_image_features"):  # CLIP and its like
-            found = self.model.get_image_features(pixel_values=pixels)
-            return found if torch.is_tensor(found) else found.pooler_output
-        found = self.model(pixel_values=pixels)
-        pooled = getattr(found, "pooler_output", None)
-        return found.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
+        if hasattr(self.model, "get_image_features"):  # CLIP and the like
+            outputs = self.model.get_image_features(pixel_values=pixels)
+            return outputs if torch.is_tensor(outputs) else outputs.pooler_output
+        outputs = self.model(pixel_values=pixels)
+        pooled = getattr(outputs, "pooler_output", None)
+        return outputs.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
+
+
+class DigitReader(nn.Module):
+    """A feature network for scikit-learn's digits that needs no download.
+
+    Features are the images at the dataset's own 8x8 pixels. The logit of a class is the negative squared
+    distance to its nearest training image.
+    """
+
+    def __init__(self):
+        super().__init__()
+        train = load_images(DataConfig(dataset="digits", resolution=8, channels=1)).train
+        images = torch.stack([train[index, False]["images"] for index in range(len(train))])
+        self.register_buffer("digits", images.flatten(1) / 2 + 0.5)
+        self.register_buffer("labels", train.labels)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features `(N, 64)` and logits `(N, 10)` of float32 images `(N, 3, R, R)` in [0, 1]."""
+        features = adaptive_avg_pool2d(images.mean(1, keepdim=True), 8).flatten(1)
+        distances = torch.cdist(features, self.digits)
+        nearest = [distances[:, self.labels == digit].amin(1) for digit in range(10)]
+        return features, -torch.stack(nearest, 1).square()
+
+
+# ------------------------------------------------------------------------------------------ features on disk
+Compute = Callable[[list[range]], Iterable[dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class BatchStore:
+    """Tensors with a row per image, computed batch by batch by all processes and kept on disk.
+
+    A stored batch is never computed again, so a killed evaluation continues. Batches do not depend on the
+    number of processes: their results are equal to the bit.
+    """
+
+    accelerator: Accelerator
+    folder: Path
+    batch_size: int
+    interruption: Interruption
+
+    def compute(self, name: str, count: int, compute: Compute, title: str, without: str = "") -> dict:
+        """Tensors of `count` images by name, read from disk where they are. Every process calls this.
+
+        Args:
+            name: of the subfolder, with a hash of whatever the results depend on; see `cache_key`.
+            compute: yields the tensors of each of the given batches of image numbers, in their order.
+            title: of the progress bar.
+            without: a tensor to keep on disk only.
+
+        Raises:
+            Interrupted: after SIGTERM or SIGINT; the finished batches stay.
+        """
+        accelerator = self.accelerator
+        missing = [batch for batch in self._batches(count) if not self._path(name, batch).exists()]
+        accelerator.wait_for_everyone()  # all processes have listed the same files before one is written
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        own = missing[rank::processes]
+        # A sharded network must be called equally often by every process: the last call may be a repetition.
+        rounds = -(-len(missing) // processes)
+        calls = own + missing[: rounds - len(own)]
+        bar = tqdm(
+            total=count,
+            initial=count - sum(map(len, missing)),
+            desc=title,
+            unit="image",
+            disable=not (missing and accelerator.is_main_process),
+            mininterval=1 if sys.stderr.isatty() else 30,
+        )
+        for number, (batch, tensors) in enumerate(zip(calls, compute(calls), strict=True)):
+            if number < len(own):
+                path = self._path(name, batch)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_tensors(path, {key: value.cpu().contiguous() for key, value in tensors.items()})
+            bar.update(min(len(batch) * processes, count - bar.n))
+            self.interruption.check()
+        bar.close()
+        accelerator.wait_for_everyone()
+        columns: dict[str, list[Tensor]] = {}
+        for _, tensors in self.batches(name, count):
+            for key in tensors.keys() - {without}:
+                columns.setdefault(key, []).append(tensors[key])
+        return {key: torch.cat(parts) for key, parts in columns.items()}
+
+    def batches(self, name: str, count: int) -> Iterator[tuple[range, dict[str, Tensor]]]:
+        """The image numbers and the tensors of every batch, read from disk one after the other."""
+        for batch in self._batches(count):
+            path = self._path(name, batch)
+            try:
+                yield batch, load_file(path)
+            except (OSError, SafetensorError) as error:
+                raise RunError(
+                    f"{path} cannot be read ({error}): delete it, and it is computed again"
+                ) from error
+
+    def _batches(self, count: int) -> list[range]:
+        return [
+            range(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)
+        ]
+
+    def _path(self, name: str, batch: range) -> Path:
+        return self.folder / name / f"{batch.start:07d}-{batch.stop:07d}.safetensors"
+
+
+def cache_key(**parts) -> str:
+    """A short hash of everything that a stored result depends on."""
+    return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()[:12]
 
 
 def real_features(
-    run: Run, network: FeatureNetwork, split: str, limit: int | None = None
+    store: BatchStore,
+    network: FeatureNetwork,
+    data: ImageData,
+    split: str,
+    num_workers: int = 0,
+    count: int | None = None,
 ) -> dict[str, Tensor]:
-    """Features, and logits of a classifier, of the first `limit` images of a split, on the CPU.
+    """Features, and logits of a classifier, of the first `count` images of a split, on the CPU."""
+    images, device = getattr(data, split), store.accelerator.device
+    network.to(device)
 
-    Cached in the run folder by data, transform and network. Every process does its share, and gets all.
-    """
-    images: ImageDataset = getattr(run.data, split)
-    count, size = min(limit or len(images), len(images)), run.config.evaluation.batch_size
-    key = {"data and transform": run.data.fingerprint, "split": split, "network": network.sha256}
-    folder = run.folder / "evaluation" / f"real-{split}-{short(key)}"
-    network.to(run.device)
-
-    def compute(parts: list[range]) -> Iterator[dict[str, Tensor]]:
+    def compute(batches: list[range]) -> Iterator[dict[str, Tensor]]:
         loader = DataLoader(
             images,
-            batch_sampler=[[(index, 0) for index in part] for part in parts],
-            num_workers=run.config.data.num_workers,
+            batch_sampler=[[(index, 0) for index in batch] for batch in batches],
+            num_workers=num_workers,
             worker_init_fn=leave_signals_to_parent,
         )
         for batch in loader:
-            yield network(to_bytes(batch["images"].to(run.device)))
+            yield network(to_uint8(batch["images"].to(device)))
 
-    stream(run, folder, count, size, compute, f"features of {split}")
-    return read_batches(folder, count, size)
-
-
-def short(key: dict) -> str:
-    """A name for what depends on `key`."""
-    return hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()[:12]
+    name = f"real-{split}-{cache_key(data=data.fingerprint, split=split, network=network.sha256)}"
+    return store.compute(name, min(count or len(images), len(images)), compute, f"features of {split}")

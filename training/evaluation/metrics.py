@@ -1,4 +1,4 @@
-"""What the features of two sets of images say of each other: distances, precision, recall, copies."""
+"""Metrics that compare the features of samples with those of real images."""
 
 import warnings
 from collections.abc import Iterator
@@ -10,17 +10,16 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from training.config import RunError
 from training.data.order import seeded_generator
 
-ENOUGH = 10_000  # samples from which on a figure needs no note; also the most that manifolds are made of
-FEWEST = 10
-NEIGHBOURS = {"precision": 3, "density": 5}  # k of arXiv:1904.06991 and of arXiv:2002.09797
-ALONE = {"sync_on_compute": False}  # one process has all features: torchmetrics would wait for the others
+MANY_SAMPLES = 10_000  # metrics of fewer have the number in their names; manifolds take no more
+MIN_SAMPLES = 10  # fewer give no metric at all
+PRECISION_K, DENSITY_K = 3, 5  # neighbours, as in arXiv:1904.06991 and arXiv:2002.09797
+ONE_PROCESS = {"sync_on_compute": False}  # torchmetrics would wait for the other processes
 
 
-class Given(nn.Module):
-    """Stands in torchmetrics where a network would be: the features are there already."""
+class _Identity(nn.Module):
+    """The network of a torchmetrics metric that is given features instead of images."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -30,26 +29,32 @@ class Given(nn.Module):
         return features
 
 
-def label(name: str, count: int) -> str:
-    """The name of a figure, with the number of samples if it is below 10,000: `FID-2k`, `recall-500`."""
-    if count >= ENOUGH:
+def metric_name(name: str, count: int) -> str:
+    """A metric's name, with the number of samples if it is below 10,000: `FID-2k`, `recall-500`."""
+    if count >= MANY_SAMPLES:
         return name
     return f"{name}-{count / 1000:g}k" if count >= 1000 else f"{name}-{count}"
 
 
-def frechet_distance(real: Tensor, samples: Tensor) -> float:
-    """Frechet distance of Gaussians fitted to features `(N, D)`, `(M, D)`; float64 (arXiv:1706.08500)."""
-    return FrechetDistance(real)(samples)
+def ranking_metric(metrics: dict[str, float]) -> str:
+    """The name of the metric that settings are ranked by: the Frechet distance; lower is better."""
+    return next(name for name in metrics if name.split("-")[0] in ("FID", "FD"))
 
 
 class FrechetDistance:
-    """`frechet_distance` to features `(N, D)` whose moments are computed once."""
+    """Frechet distance to real features `(N, D)`, whose moments are computed once.
+
+    Gaussians are fitted to both sets, in float64 (arXiv:1706.08500).
+    """
 
     def __init__(self, real: Tensor):
-        self.metric = FrechetInceptionDistance(Given(real.shape[1]), reset_real_features=False, **ALONE)
+        self.metric = FrechetInceptionDistance(
+            _Identity(real.shape[1]), reset_real_features=False, **ONE_PROCESS
+        )
         self._update(real, real=True)
 
     def __call__(self, samples: Tensor) -> float:
+        """The distance of features `(M, D)`."""
         self.metric.reset()
         self._update(samples, real=False)
         return self.metric.compute().item()
@@ -60,88 +65,96 @@ class FrechetDistance:
 
 
 def kernel_distance(real: Tensor, samples: Tensor) -> tuple[float, float]:
-    """Squared MMD of a cubic kernel, unbiased, and its deviation over 100 subsets (arXiv:1801.01401)."""
+    """Squared MMD of a cubic kernel between features `(N, D)` and `(M, D)`, unbiased (arXiv:1801.01401).
+
+    Returns its mean and standard deviation over 100 subsets of at most 1,000.
+    """
     size = min(1000, len(real), len(samples))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it keeps the features, which it is given
-        metric = KernelInceptionDistance(Given(real.shape[1]), subset_size=size, **ALONE)
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # it keeps all features in memory, where they are already
+        metric = KernelInceptionDistance(_Identity(real.shape[1]), subset_size=size, **ONE_PROCESS)
     metric.update(real.double(), real=True)
     metric.update(samples.double(), real=False)
-    return _seeded(metric)
+    return _compute_seeded(metric)
 
 
 def classifier_score(logits: Tensor) -> tuple[float, float]:
-    """exp of the mean KL divergence of p(class | image) from p(class), and its deviation over 10 parts; the
-    Inception score (arXiv:1606.03498) if the logits `(N, K)` are Inception's."""
+    """The Inception score (arXiv:1606.03498) from logits `(N, K)` of any classifier.
+
+    It is exp of the mean KL divergence between p(class | image) and p(class). Returns mean and standard
+    deviation over 10 parts.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        metric = InceptionScore(Given(logits.shape[1]), **ALONE)
+        metric = InceptionScore(_Identity(logits.shape[1]), **ONE_PROCESS)
     metric.update(logits.double())
-    return _seeded(metric)
+    return _compute_seeded(metric)
 
 
-def _seeded(metric) -> tuple[float, float]:
-    with torch.random.fork_rng(devices=[]):  # both draw subsets from the global generator
+def _compute_seeded(metric) -> tuple[float, float]:
+    with torch.random.fork_rng(devices=[]):  # both metrics take subsets by the global generator
         torch.manual_seed(0)
         mean, deviation = metric.compute()
     return mean.item(), deviation.item()
 
 
-def manifold_figures(real: Tensor, samples: Tensor, device: torch.device | str = "cpu") -> dict[str, float]:
-    """Improved precision and recall (k = 3, arXiv:1904.06991), density and coverage (k = 5,
-    arXiv:2002.09797).
+def manifold_metrics(real: Tensor, samples: Tensor, device: torch.device | str = "cpu") -> dict[str, float]:
+    """Precision and recall (k = 3, arXiv:1904.06991), density and coverage (k = 5, arXiv:2002.09797).
 
     Args:
-        real, samples: features `(N, D)`, of equally many images: the figures depend on their number.
-        device: where distances are computed, in float64.
+        real, samples: features `(N, D)` of equally many images, because the values depend on the number.
+        device: where the distances are computed, in float64.
     """
     real, samples = (features.double().to(device) for features in (real, samples))
-    first, second = NEIGHBOURS.values()
     real_radii, sample_radii = _radii(real), _radii(samples)
     nearest = torch.full((len(real),), torch.inf, dtype=torch.float64, device=device)
     recalled = torch.zeros(len(real), dtype=torch.bool, device=device)
-    inside, balls, done = 0.0, 0.0, 0
-    for distances in _blocks(samples, real):
-        inside += (distances <= real_radii[first]).any(1).sum().item()
-        balls += (distances <= real_radii[second]).sum().item()
-        own = sample_radii[first][done : done + len(distances)]
-        recalled |= (distances <= own[:, None]).any(0)
+    inside, balls, start = 0.0, 0.0, 0
+    for distances in _distances(samples, real):
+        inside += (distances <= real_radii[PRECISION_K]).any(1).sum().item()
+        balls += (distances <= real_radii[DENSITY_K]).sum().item()
+        radii = sample_radii[PRECISION_K][start : start + len(distances)]
+        recalled |= (distances <= radii[:, None]).any(0)
         nearest = torch.minimum(nearest, distances.amin(0))
-        done += len(distances)
+        start += len(distances)
     return {
         "precision": inside / len(samples),
         "recall": recalled.double().mean().item(),
-        "density": balls / (second * len(samples)),
-        "coverage": (nearest <= real_radii[second]).double().mean().item(),
+        "density": balls / (DENSITY_K * len(samples)),
+        "coverage": (nearest <= real_radii[DENSITY_K]).double().mean().item(),
     }
 
 
 def _radii(features: Tensor) -> dict[int, Tensor]:
-    """Distance of each vector to its k-th nearest other one, by k."""
-    found = []
-    for distances in _blocks(features, features):
-        found.append(distances.topk(max(NEIGHBOURS.values()) + 1, largest=False).values)  # with itself
-    return {k: torch.cat(found)[:, k] for k in NEIGHBOURS.values()}
+    """Distance of each vector to its k-th nearest other vector, by k."""
+    nearest = [rows.topk(DENSITY_K + 1, largest=False).values for rows in _distances(features, features)]
+    return {k: torch.cat(nearest)[:, k] for k in (PRECISION_K, DENSITY_K)}  # place 0 is the vector itself
 
 
-def _blocks(rows: Tensor, columns: Tensor) -> Iterator[Tensor]:
-    """Euclidean distances, some rows at once."""
+def _distances(rows: Tensor, columns: Tensor) -> Iterator[Tensor]:
+    """Euclidean distances, as many rows at once as make 256 MB."""
     for part in rows.split(max(1, 2**25 // len(columns))):
         yield torch.cdist(part, columns)
 
 
-def nearest(features: Tensor, among: Tensor, k: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Distances and indices, both `(N, k)`, of the k nearest of `among` `(M, D)` to each of `(N, D)`."""
-    among = among.double().to(device)
-    found = [d.topk(k, largest=False) for d in _blocks(features.double().to(device), among)]
-    return torch.cat([each.values for each in found]).cpu(), torch.cat([each.indices for each in found]).cpu()
+def nearest_neighbours(
+    features: Tensor, others: Tensor, k: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Distances and indices, both `(N, k)`, of the k nearest of `others` `(M, D)` to `features` `(N, D)`."""
+    others = others.double().to(device)
+    nearest = [rows.topk(k, largest=False) for rows in _distances(features.double().to(device), others)]
+    return torch.cat([part.values for part in nearest]).cpu(), torch.cat(
+        [part.indices for part in nearest]
+    ).cpu()
 
 
 class Reference:
-    """Real images, in features, to which samples are compared.
+    """Features of real images, and all metrics of samples against them.
 
     Args:
-        network: the name of the network; Inception's figures have names of their own.
+        network: name of the feature network; only Inception's metrics are called FID, KID and IS.
         real: "features" `(N, D)` and, of a classifier, "logits" `(N, K)`.
         labels: int64 `(N,)`, or None.
         device: where distances are computed.
@@ -149,84 +162,62 @@ class Reference:
 
     def __init__(self, network: str, real: dict[str, Tensor], labels: Tensor | None, device: torch.device):
         inception = network == "inception"
-        self.frechet, self.kernel, self.score = (
-            ("FID", "KID", "IS") if inception else ("FD", "KD", "classifier score")
-        )
+        self.names = ("FID", "KID", "IS") if inception else ("FD", "KD", "classifier score")
         self.real, self.labels = real, labels
         self.device = device if device.type == "cuda" else torch.device("cpu")  # float64 is not everywhere
         self.distance = FrechetDistance(real["features"])
 
-    def figures(self, samples: dict[str, Tensor], labels: Tensor | None) -> dict[str, float]:
-        """All figures of samples by their names.
+    def metrics(self, samples: dict[str, Tensor], labels: Tensor | None) -> dict[str, float]:
+        """All metrics by name.
 
         Args:
             samples: as `real`.
-            labels: int64 `(M,)`, what they were drawn as, or None.
+            labels: int64 `(M,)`, the classes that the samples were generated for, or None.
         """
         features, count = samples["features"], len(samples["features"])
-        found = {label(self.frechet, count): self.distance(features)}
-        pairs = {self.kernel: kernel_distance(self.real["features"], features)}
+        frechet, kernel, score = self.names
+        metrics = {metric_name(frechet, count): self.distance(features)}
+        pairs = {kernel: kernel_distance(self.real["features"], features)}
         if "logits" in samples:
-            pairs[self.score] = classifier_score(samples["logits"])
-        for name, (value, deviation) in pairs.items():
-            found |= {label(name, count): value, f"{label(name, count)} deviation": deviation}
-        number = min(count, len(self.real["features"]), ENOUGH)
+            pairs[score] = classifier_score(samples["logits"])
+        for name, (mean, deviation) in pairs.items():
+            name = metric_name(name, count)
+            metrics |= {name: mean, f"{name} deviation": deviation}
+        number = min(count, len(self.real["features"]), MANY_SAMPLES)
         order = torch.randperm(len(self.real["features"]), generator=seeded_generator("cpu", "manifold"))
-        some = self.real["features"][order[:number]]
-        manifold = manifold_figures(some, features[:number], self.device)
-        found |= {label(name, number): value for name, value in manifold.items()}
+        subset = self.real["features"][order[:number]]
+        manifold = manifold_metrics(subset, features[:number], self.device)
+        metrics |= {metric_name(name, number): value for name, value in manifold.items()}
         if labels is not None and self.labels is not None:
-            found[label("agreement", count)] = (self.classes(samples) == labels).double().mean().item()
-        return found
+            agreement = (self._classify(samples) == labels).double().mean().item()
+            metrics[metric_name("agreement", count)] = agreement
+        return metrics
 
     def by_class(self, samples: Tensor, labels: Tensor, id2label: dict[int, str]) -> dict:
-        """The Frechet distance of each class to the real images of it, where both are ten or more."""
+        """The Frechet distance of each class to its real images, where there are ten of both."""
         groups = {
             name: (self.real["features"][self.labels == number], samples[labels == number])
             for number, name in id2label.items()
         }
-        groups = {name: pair for name, pair in groups.items() if min(map(len, pair)) >= FEWEST}
-        fewest = min((len(pair[1]) for pair in groups.values()), default=0)
-        values = {name: frechet_distance(*pair) for name, pair in groups.items()}
-        return {"figure": label(self.frechet, fewest), "values": values}
-
-    def classes(self, samples: dict[str, Tensor]) -> Tensor:
-        """What class the network, or else a linear discriminant of its features, takes images for `(M,)`."""
-        if self.reads_classes:
-            return samples["logits"].argmax(1)
-        return torch.from_numpy(self._discriminant.predict(samples["features"].numpy()))
+        groups = {name: pair for name, pair in groups.items() if min(map(len, pair)) >= MIN_SAMPLES}
+        fewest = min((len(samples) for _, samples in groups.values()), default=0)
+        values = {name: FrechetDistance(real)(samples) for name, (real, samples) in groups.items()}
+        return {"figure": metric_name(self.names[0], fewest), "values": values}
 
     @property
-    def reads_classes(self) -> bool:
-        """Whether the network has the data's classes itself."""
+    def classifies(self) -> bool:
+        """Whether the feature network has the dataset's classes."""
         return "logits" in self.real and self.real["logits"].shape[1] == int(self.labels.max()) + 1
+
+    def _classify(self, samples: dict[str, Tensor]) -> Tensor:
+        """Classes `(M,)` by the feature network, or else by a linear discriminant of its features."""
+        if self.classifies:
+            return samples["logits"].argmax(1)
+        return torch.from_numpy(self._discriminant.predict(samples["features"].numpy()))
 
     @cached_property
     def _discriminant(self):
         from sklearn.discriminant_analysis import LinearDiscriminantAnalysis  # here: it takes seconds
 
-        fitted = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
-        return fitted.fit(self.real["features"].numpy(), self.labels.numpy())
-
-
-def check_arithmetic(features: Tensor) -> dict[str, float]:
-    """The Frechet distance where it is known: of a set to itself, and to 1.5 x + 0.5 of its vectors x.
-
-    Returns:
-        "itself", and the relative error of the other against |mean / 2 + 1 / 2|^2 + trace(covariance) / 4.
-
-    Raises:
-        RunError: if either is off by more than 1e-4 of the trace.
-    """
-    features = features[:2048, :256].double()
-    variance = features.var(0).sum().item()
-    expected = ((features.mean(0) / 2 + 0.5).square().sum() + variance / 4).item()
-    itself = frechet_distance(features, features)
-    error = frechet_distance(features, 1.5 * features + 0.5) / expected - 1
-    if not max(abs(itself) / max(variance, 1e-12), abs(error)) < 1e-4:
-        raise RunError(
-            f"the Frechet distance of the features to themselves is {itself:g}, that to 1.5 x + 0.5 off by "
-            f"{error:.2%}: these features or the installed torchmetrics cannot be used; choose other "
-            "--evaluation.features"
-        )
-    return {"itself": itself, "closed form": error}
+        discriminant = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
+        return discriminant.fit(self.real["features"].numpy(), self.labels.numpy())

@@ -1,4 +1,4 @@
-"""Pictures and figures that a person looks at while and after a run."""
+"""Image grids and plots."""
 
 from io import BytesIO
 from pathlib import Path
@@ -12,8 +12,8 @@ from training.runtime.atomic import write_bytes
 GAP = 2  # pixels of the enlarged grid between two images
 
 
-def to_bytes(images: torch.Tensor) -> torch.Tensor:
-    """The pixels uint8 that a PNG of images in [-1, 1] would hold."""
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Pixels uint8 of images in [-1, 1]; values beyond are clipped."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -21,23 +21,21 @@ def save_grid(images: torch.Tensor, path: Path, columns: int | None = None, scal
     """Write images as one PNG, row by row, enlarged by whole factors so that single pixels can be seen.
 
     Args:
-        images: float (N, C, H, W) in [-1, 1], C of 1 or 3; values beyond are clipped.
+        images: float (N, 1 or 3, H, W) in [-1, 1]; values beyond are clipped.
         path: the PNG; its folder must exist. It is written aside and renamed.
-        columns: images in a row. Default: about as many as rows.
+        columns: images per row. Default: about as many as rows.
         scale: enlargement. Default: the grid becomes about 800 pixels wide.
 
     Raises:
-        ValueError: no images, values that are not finite, or neither 1 nor 3 channels.
+        ValueError: values are not finite.
     """
-    if images.ndim != 4 or len(images) == 0 or images.shape[1] not in (1, 3):
-        raise ValueError(f"A grid is made of images (N, 1 or 3, H, W), not {tuple(images.shape)}")
     if not torch.isfinite(images).all():
-        raise ValueError(f"The images for {path} hold values that are not finite")
+        raise ValueError(f"the images for {path} hold values that are not finite")
     count, channels, height, width = images.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     scale = scale or max(1, round(800 / (columns * width)))
     height, width = height * scale, width * scale
-    pixels = to_bytes(images.detach().cpu())
+    pixels = to_uint8(images.detach().cpu())
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3).permute(0, 2, 3, 1).numpy()
     rows = -(-count // columns)
     grid = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), 255, np.uint8)
@@ -50,22 +48,23 @@ def save_grid(images: torch.Tensor, path: Path, columns: int | None = None, scal
 
 
 def save_curve(values: dict[int, float], name: str, path: Path) -> None:
-    """Draw a figure called `name` by training step."""
+    """Plot the metric `name` by training step."""
     figure, axes = _axes("denoiser step", name)
     axes.plot(list(values), list(values.values()), marker="o", color="#1f77b4")
     axes.set_ylim(0, 1.08 * max(values.values()))
     _save(figure, path)
 
 
-def save_sweep(rows: list[dict], path: Path) -> None:
-    """Draw the first figure of every setting by its network evaluations; see training/sweep.py.
+def save_sweep(rows: list[dict], name: str, path: Path) -> None:
+    """Plot the metric `name` of every setting by its network evaluations; the lowest is marked.
 
-    A line for each scheduler and guidance scale; the best setting is marked and named.
+    Args:
+        rows: `SamplingSettings.describe()` and "figures", the metrics by name; a line per scheduler and
+            guidance scale.
     """
     from matplotlib.ticker import LogLocator  # here, because it takes a second to import
 
-    name = next(iter(rows[0]["figures"]))
-    figure, axes = _axes("network evaluations a picture", name)
+    figure, axes = _axes("network evaluations per image", name)
     schedulers = list(dict.fromkeys(row["scheduler"] for row in rows))
     scales = list(dict.fromkeys(row["guidance_scale"] for row in rows))
     for scheduler in schedulers:
@@ -82,10 +81,12 @@ def save_sweep(rows: list[dict], path: Path) -> None:
                 label=scheduler + (f", guidance {scale:g}" if len(scales) > 1 else ""),
             )
     best = min(rows, key=lambda row: row["figures"][name])
-    place = (best["network_evaluations"], best["figures"][name])
-    axes.plot(*place, "o", markersize=14, markerfacecolor="none", markeredgecolor="black")
-    how = f"{best['scheduler']}, {best['num_inference_steps']} steps, guidance {best['guidance_scale']:g}"
-    axes.set_title(f"lowest: {place[1]:.3g}, {how}", fontsize=10)
+    x, y = best["network_evaluations"], best["figures"][name]
+    axes.plot(x, y, "o", markersize=14, markerfacecolor="none", markeredgecolor="black")
+    settings = (
+        f"{best['scheduler']}, {best['num_inference_steps']} steps, guidance {best['guidance_scale']:g}"
+    )
+    axes.set_title(f"lowest: {y:.3g}, {settings}", fontsize=10)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 7)))

@@ -1,41 +1,57 @@
-"""Samples for figures: one seed an image, drawn by all processes, turned into features and forgotten."""
+"""Samples of a pipeline: settings, generation with one seed per image, grids, metrics and files."""
 
 import copy
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import product
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers import SchedulerMixin
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ldm_pipeline.models import build_scheduler
-from ldm_pipeline.pipeline import LDMPipeline, num_classes, scheduler_family
-from training.config import RunError
+from ldm_pipeline.pipeline import LDMPipeline, num_classes
 from training.data.order import seeded_generator
-from training.evaluation.features import FeatureNetwork, sha256_of, short
-from training.evaluation.plots import to_bytes
-from training.evaluation.stream import batches, read_batch, read_batches, stream
+from training.evaluation.features import (
+    BatchStore,
+    FeatureNetwork,
+    cache_key,
+    load_network,
+    real_features,
+    weights_sha256,
+    why_unavailable,
+)
+from training.evaluation.metrics import Reference, ranking_metric
+from training.evaluation.plots import save_curve, save_grid, to_uint8
 from training.evaluation.validation import inference
+from training.runtime.accelerator import on_main_process
+from training.runtime.atomic import discard
 from training.runtime.run import Run
 
 GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How samples are drawn."""
+class SamplingSettings:
+    """Scheduler, steps and guidance of samples."""
 
     scheduler: SchedulerMixin
     num_inference_steps: int
     guidance_scale: float
+
+    @classmethod
+    def of_pipeline(cls, pipeline: LDMPipeline) -> "SamplingSettings":
+        """The pipeline's own defaults."""
+        defaults = pipeline.config.defaults or {}
+        scale = defaults.get("guidance_scale", 1.0) if num_classes(pipeline.denoiser) else 1.0
+        return cls(pipeline.scheduler, defaults.get("num_inference_steps", 20), scale)
 
     @property
     def name(self) -> str:
@@ -44,13 +60,13 @@ class Setting:
 
     @property
     def network_evaluations(self) -> int:
-        """Evaluations of the denoiser a picture: guidance doubles them, and so do solvers of two stages."""
+        """Evaluations of the denoiser per image: guidance doubles them, and so do two-stage solvers."""
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(self.num_inference_steps)
         return len(scheduler.timesteps) * (1 if self.guidance_scale == 1 else 2)
 
     def describe(self) -> dict:
-        """What a table says of it."""
+        """The entries of a table or a protocol."""
         return {
             "scheduler": self.name,
             "num_inference_steps": self.num_inference_steps,
@@ -59,141 +75,223 @@ class Setting:
         }
 
 
-def settings_of(run: Run, pipeline: LDMPipeline) -> list[Setting]:
-    """All combinations of `--evaluation.schedulers`, `num_inference_steps` and `guidance_scales`, each by
-    default the pipeline's own.
+@dataclass(frozen=True)
+class Sampler:
+    """Generates numbered images, each from a seed of its own.
 
-    Raises:
-        RunError: if one of them cannot draw.
+    So neither the batch size nor the number of processes changes an image.
+
+    Args:
+        labels: classes `(N,)` of the training images, whose proportions samples have; None: all classes
+            equally.
     """
-    config, defaults = run.config.evaluation, pipeline.config.defaults or {}
-    classes = num_classes(pipeline.denoiser)
-    scales = config.guidance_scales or [defaults.get("guidance_scale", 1.0) if classes else 1.0]
-    if not classes and set(scales) != {1.0}:
-        raise RunError(
-            f"--evaluation.guidance_scales {scales}: this pipeline has no classes to guide to; 1 is off"
-        )
-    settings = []
-    for name, steps, scale in product(
-        config.schedulers or [None],
-        config.num_inference_steps or [defaults.get("num_inference_steps", 20)],
-        scales,
-    ):
+
+    pipeline: LDMPipeline
+    accelerator: Accelerator
+    seed: int
+    batch_size: int
+    labels: Tensor | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process samples."""
+        return self.accelerator.device
+
+    def class_labels(self, indices) -> Tensor | None:
+        """Classes `(n,)` of images by number, or None for a pipeline without classes.
+
+        The numbers take places of the golden ratio's sequence, which fills [0, 1) evenly.
+        """
+        classes = num_classes(self.pipeline.denoiser)
+        if not classes:
+            return None
+        labels = torch.arange(classes) if self.labels is None else self.labels.sort().values
+        places = ((torch.tensor(list(indices), dtype=torch.float64) + 0.5) * GOLDEN) % 1
+        return labels[(places * len(labels)).long()]
+
+    def sample(self, settings: SamplingSettings, indices) -> Tensor:
+        """The images of some numbers, uint8 `(n, 1 or 3, H, W)`."""
+        return to_uint8(self._generate(settings, self.class_labels(indices), "sample", indices) * 2 - 1)
+
+    def save_grid(self, settings: SamplingSettings, path: Path, rows: int = 4) -> None:
+        """Write a grid of images that other settings or weights can be compared with; one class per column.
+
+        Every process calls this and generates its share.
+        """
+        classes, processes = num_classes(self.pipeline.denoiser), self.accelerator.num_processes
+        columns = min(classes, 10) or 8
+        share = -(-rows * columns // processes)
+        own = [(self.accelerator.process_index * share + i) % (rows * columns) for i in range(share)]
+        images = []
+        for start in range(0, share, self.batch_size):
+            indices = own[start : start + self.batch_size]
+            labels = [index % columns * classes // columns for index in indices] if classes else None
+            images.append(self._generate(settings, labels, "grid", indices))
+        images = self.accelerator.gather(torch.cat(images))[: rows * columns]
+        if self.accelerator.is_main_process:
+            save_grid(images * 2 - 1, path, columns=columns)
+
+    def _generate(self, settings: SamplingSettings, labels, purpose: str, indices) -> Tensor:
+        """Images in [0, 1]; the pipeline keeps its own scheduler."""
+        own_scheduler = self.pipeline.scheduler
+        self.pipeline.scheduler = settings.scheduler
+        self.pipeline.set_progress_bar_config(disable=True)
         try:
-            scheduler = build_scheduler(pipeline.config.objective, name) if name else pipeline.scheduler
-            scheduler_family(scheduler)
-            setting = Setting(scheduler, steps, float(scale))
-            setting.network_evaluations  # noqa: B018  some schedulers refuse some numbers of steps
-        except Exception as error:  # of Diffusers, which says little
-            raise RunError(f"--evaluation.schedulers {name} with {steps} steps: {error}") from error
-        settings.append(setting)
-    return settings
+            with inference(self.pipeline.denoiser), self.accelerator.autocast():
+                return self.pipeline(
+                    class_labels=labels.tolist() if torch.is_tensor(labels) else labels,
+                    batch_size=len(indices),
+                    num_inference_steps=settings.num_inference_steps,
+                    guidance_scale=settings.guidance_scale,
+                    generator=[seeded_generator(self.device, self.seed, purpose, i) for i in indices],
+                    output_type="pt",
+                ).images
+        finally:
+            self.pipeline.scheduler = own_scheduler
 
 
-def sample_labels(run: Run, pipeline: LDMPipeline, count: int) -> Tensor | None:
-    """Classes `(count,)` in the proportions of the training images, or None for a pipeline without classes.
+def pipeline_sha256(pipeline: LDMPipeline) -> str:
+    """Hexadecimal SHA-256 of the weights of autoencoder and denoiser."""
+    return weights_sha256(pipeline.denoiser, weights_sha256(pipeline.vae).encode())
 
-    Image i has the same class whatever the count: places of the golden ratio's sequence, which fills evenly.
+
+@dataclass(frozen=True)
+class SampleMetrics:
+    """Metrics of a sampler's images; every process generates its share.
+
+    Args:
+        reference: the real images that samples are compared with.
+        store: keeps the features of samples.
+        keep_images: whether `store` keeps the images too.
     """
-    classes = num_classes(pipeline.denoiser)
-    if not classes:
-        return None
-    labels = run.data.train.labels
-    labels = torch.arange(classes) if labels is None else labels.sort().values
-    places = ((torch.arange(count, dtype=torch.float64) + 0.5) * GOLDEN) % 1
-    return labels[(places * len(labels)).long()]
 
+    sampler: Sampler
+    network: FeatureNetwork
+    reference: Reference
+    store: BatchStore
+    keep_images: bool = False
 
-def draw(run: Run, pipeline: LDMPipeline, setting: Setting, indices, labels: Tensor | None) -> Tensor:
-    """The samples of some indices, uint8 `(N, 1 or 3, H, W)`; each has a generator of its own."""
-    pipeline.scheduler = setting.scheduler
-    pipeline.set_progress_bar_config(disable=True)
-    with inference(pipeline.unet), run.accelerator.autocast():
-        images = pipeline(
-            class_labels=None if labels is None else labels[list(indices)].tolist(),
-            batch_size=len(indices),
-            num_inference_steps=setting.num_inference_steps,
-            guidance_scale=setting.guidance_scale,
-            generator=[seeded_generator(run.device, run.config.seed, "sample", index) for index in indices],
-            output_type="pt",
-        ).images
-    return to_bytes(images * 2 - 1)
+    def measure(self, settings: SamplingSettings, count: int, name: str | None = None) -> dict[str, float]:
+        """All metrics of `count` samples by name."""
+        samples, labels = self.features(settings, count, name), self.sampler.class_labels(range(count))
+        return on_main_process(self.store.accelerator, self.reference.metrics, samples, labels)
 
+    def features(self, settings: SamplingSettings, count: int, name: str | None = None) -> dict[str, Tensor]:
+        """ "features", of a classifier "logits", and "digests" int64 `(count,)`, a hash per image.
 
-def draw_features(
-    run: Run, pipeline: LDMPipeline, setting: Setting, network: FeatureNetwork, count: int, folder: Path
-) -> dict[str, Tensor]:
-    """Of `count` samples "features", of classifiers "logits", and "digests"; `folder` keeps them by batch."""
-    labels, network = sample_labels(run, pipeline, count), network.to(run.device)
-    keep = run.config.evaluation.save_samples is not None
+        Args:
+            name: in the store; by default one for the settings and the weights.
+        """
+        self.network.to(self.sampler.device)
 
-    def compute(parts: list[range]) -> Iterator[dict[str, Tensor]]:
-        for part in parts:
-            images = draw(run, pipeline, setting, part, labels)
-            digests = [hashlib.sha256(image.cpu().numpy().tobytes()).digest()[:8] for image in images]
-            digests = torch.from_numpy(np.frombuffer(b"".join(digests), np.int64).copy())
-            yield network(images) | {"digests": digests} | ({"images": images} if keep else {})
+        def compute(batches: list[range]) -> Iterator[dict[str, Tensor]]:
+            for batch in batches:
+                images = self.sampler.sample(settings, batch)
+                digests = [hashlib.sha256(image.cpu().numpy().tobytes()).digest()[:8] for image in images]
+                digests = torch.from_numpy(np.frombuffer(b"".join(digests), np.int64).copy())
+                kept = {"images": images} if self.keep_images else {}
+                yield self.network(images) | {"digests": digests} | kept
 
-    size = run.config.evaluation.batch_size
-    name = f"{setting.name} {setting.num_inference_steps} x{setting.guidance_scale:g}"
-    stream(run, folder, count, size, compute, name)
-    return read_batches(folder, count, size, without="images")
+        title = f"{settings.name} {settings.num_inference_steps} x{settings.guidance_scale:g}"
+        return self.store.compute(name or self.store_name(settings), count, compute, title, without="images")
 
+    def store_name(self, settings: SamplingSettings) -> str:
+        """The name in the store, with a hash of everything that the samples and their features depend on."""
+        # Entries under an underscore are Diffusers' own: saving changes them.
+        scheduler = {key: value for key, value in settings.scheduler.config.items() if key[0] != "_"}
+        key = cache_key(
+            weights=self._weights,
+            scheduler=f"{settings.name} {json.dumps(scheduler, default=str, sort_keys=True)}",
+            steps=settings.num_inference_steps,
+            guidance=settings.guidance_scale,
+            seed=self.sampler.seed,
+            labels=None if self.sampler.labels is None else self.sampler.labels.bincount().tolist(),
+            arithmetic=f"{self.sampler.accelerator.mixed_precision} {self.sampler.device.type}",
+            network=self.network.sha256,
+            images=self.keep_images,
+        )
+        return f"{settings.name}-{settings.num_inference_steps}-{settings.guidance_scale:g}-{key}"
 
-def samples_folder(run: Run, weights: str, setting: Setting, network: FeatureNetwork) -> Path:
-    """Where the features of these samples are kept: named by all that they depend on."""
-    # What Diffusers notes for itself under an underscore changes by saving, and its order by process.
-    scheduler = {name: value for name, value in setting.scheduler.config.items() if name[0] != "_"}
-    key = {
-        "weights": weights,
-        "scheduler": f"{setting.name} {json.dumps(scheduler, default=str, sort_keys=True)}",
-        "steps": setting.num_inference_steps,
-        "guidance": setting.guidance_scale,
-        "seed": run.config.seed,
-        "labels": run.data.fingerprint,
-        "arithmetic": f"{run.accelerator.mixed_precision} {run.device.type}",
-        "network": network.sha256,
-        "images": run.config.evaluation.save_samples is not None,
-    }
-    name = f"{setting.name}-{setting.num_inference_steps}-{setting.guidance_scale:g}-{short(key)}"
-    return run.folder / "evaluation" / name
+    @cached_property
+    def _weights(self) -> str:
+        return pipeline_sha256(self.sampler.pipeline)
 
+    def export(self, settings: SamplingSettings, count: int, kind: str) -> Path:
+        """Write the images that the store keeps, one batch in memory at once; returns where.
 
-def weights_of(pipeline: LDMPipeline) -> str:
-    """A hash of the networks of a pipeline."""
-    return sha256_of(pipeline.unet, sha256_of(pipeline.vae).encode())
-
-
-def export_samples(run: Run, pipeline: LDMPipeline, setting: Setting, folder: Path, count: int) -> Path:
-    """Write the samples kept in `folder` as PNG files, each with its parameters, or as one npz of uint8
-    "arr_0" `(N, H, W, C)` and "labels" `(N,)`; returns where. Batch by batch: memory may not hold all."""
-    kind, labels = run.config.evaluation.save_samples, sample_labels(run, pipeline, count)
-    target = run.folder / "evaluation" / f"{folder.name}-{count}"
-    pictures = (
-        (part, read_batch(folder, part)["images"].permute(0, 2, 3, 1).numpy())
-        for part in batches(count, run.config.evaluation.batch_size)
-    )
-    if kind == "png":
+        Args:
+            kind: "png", a folder of files with their parameters; or "npz", uint8 "arr_0" `(N, H, W, C)` and
+                "labels" `(N,)`.
+        """
+        name, labels = self.store_name(settings), self.sampler.class_labels(range(count))
+        target = self.store.folder / f"{name}-{count}"
+        batches = (
+            (batch, tensors["images"].permute(0, 2, 3, 1).numpy())
+            for batch, tensors in self.store.batches(name, count)
+        )
+        if kind == "npz":
+            return _write_npz(target.with_suffix(".npz"), batches, count, labels)
         target.mkdir(exist_ok=True)
-        for part, images in pictures:
-            for index, image in zip(part, images, strict=True):
+        for batch, images in batches:
+            for index, image in zip(batch, images, strict=True):
                 label = {} if labels is None else {"class_label": int(labels[index])}
-                text = json.dumps(setting.describe() | label | {"seed": run.config.seed, "index": index})
+                parameters = settings.describe() | label | {"seed": self.sampler.seed, "index": index}
                 info = PngInfo()
-                info.add_text("parameters", text)
-                Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
-                    target / f"{index:06d}.png", pnginfo=info
-                )
+                info.add_text("parameters", json.dumps(parameters))
+                picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+                picture.save(target / f"{index:06d}.png", pnginfo=info)
         return target
-    target = target.with_suffix(".npz")
-    with zipfile.ZipFile(target, "w") as archive:
+
+
+def _write_npz(path: Path, batches: Iterable, count: int, labels: Tensor | None) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            for part, images in pictures:
-                if part.start == 0:
+            for batch, images in batches:
+                if batch.start == 0:
                     header = {"descr": "|u1", "fortran_order": False, "shape": (count, *images.shape[1:])}
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(images.tobytes())
         if labels is not None:
             with archive.open("labels.npy", "w") as file:
                 np.lib.format.write_array(file, labels.numpy())
-    return target
+    return path
+
+
+def start_monitor(run: Run, sampler: Sampler) -> "Monitor | None":
+    """The monitor of `--denoiser.evaluate_every`; None without that option or without a feature network."""
+    spec = run.config.evaluation.features
+    if not run.config.denoiser.evaluate_every or why_unavailable(run.accelerator, spec):
+        return None
+    return Monitor(run, sampler)
+
+
+class Monitor:
+    """Metrics of few samples while the denoiser is trained, always from the same noise, and their plot."""
+
+    def __init__(self, run: Run, sampler: Sampler):
+        self.run, self.count = run, run.config.denoiser.evaluate_samples
+        network = load_network(run.config.evaluation.features)
+        store = BatchStore(run.accelerator, run.folder / "evaluation", sampler.batch_size, run.interruption)
+        real = real_features(store, network, run.data, "train", run.config.data.num_workers)
+        reference = Reference(network.name, real, run.data.train.labels, run.device)
+        self.metrics = SampleMetrics(sampler, network, reference, store)
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Metrics by name at a training step; every process calls this."""
+        folder, main = self.run.folder / "evaluation" / f"step-{step}", self.run.accelerator.is_main_process
+        if main:
+            discard(folder)  # a killed run may have left it, with other weights
+        self.run.accelerator.wait_for_everyone()
+        settings = SamplingSettings.of_pipeline(self.metrics.sampler.pipeline)
+        metrics = self.metrics.measure(settings, self.count, folder.name)
+        if main:
+            discard(folder)
+            self._plot(step, metrics)
+        return metrics
+
+    def _plot(self, step: int, metrics: dict[str, float]) -> None:
+        name = ranking_metric(metrics)
+        log = (self.run.folder / "metrics.jsonl").read_text(encoding="utf-8")
+        lines = [line for line in map(json.loads, log.splitlines()) if line["stage"] == "denoiser"]
+        values = {line["step"]: line[name] for line in lines if name in line}
+        save_curve(values | {step: metrics[name]}, name, self.run.folder / "samples" / "curve.png")

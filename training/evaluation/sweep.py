@@ -1,52 +1,80 @@
-"""Many settings of one pipeline: a table, a picture, and the best of them."""
+"""Several settings of one pipeline: their metrics in a table and a plot, and the best of them."""
 
 import csv
 import io
 import json
+import os
+import shutil
+from itertools import product
 from pathlib import Path
 
-from ldm_pipeline.pipeline import LDMPipeline, num_classes
-from training.evaluation.features import FeatureNetwork
-from training.evaluation.metrics import Reference
+from ldm_pipeline.models import build_scheduler
+from ldm_pipeline.pipeline import scheduler_family
+from training.config import EvaluationConfig, RunError
+from training.evaluation.metrics import ranking_metric
 from training.evaluation.plots import save_sweep
-from training.evaluation.samples import Setting, draw_features, sample_labels, samples_folder
+from training.evaluation.samples import SampleMetrics, SamplingSettings
 from training.runtime.atomic import read_json, replacing, write_bytes, write_json
-from training.runtime.run import Run
+
+
+def configured_settings(
+    config: EvaluationConfig, objective: dict, own: SamplingSettings, conditional: bool
+) -> list[SamplingSettings]:
+    """All combinations of `--evaluation.schedulers`, `num_inference_steps` and `guidance_scales`.
+
+    Args:
+        own: the pipeline's own settings, for what the options leave out.
+        conditional: whether the pipeline has classes.
+
+    Raises:
+        RunError: one of the settings cannot sample.
+    """
+    scales = config.guidance_scales or [own.guidance_scale]
+    if not conditional and set(scales) != {1.0}:
+        raise RunError(
+            f"--evaluation.guidance_scales {scales}: this model has no classes to guide to; 1 is off"
+        )
+    settings = []
+    names, steps = config.schedulers or [None], config.num_inference_steps or [own.num_inference_steps]
+    for name, number, scale in product(names, steps, scales):
+        try:
+            scheduler = build_scheduler(objective, name) if name else own.scheduler
+            scheduler_family(scheduler)
+            settings.append(SamplingSettings(scheduler, number, float(scale)))
+            settings[-1].describe()  # some schedulers refuse some numbers of steps
+        except ValueError as error:
+            options = f"--evaluation.schedulers {name}" if name else "--evaluation.num_inference_steps"
+            raise RunError(f"{options} with {number} steps: {error}") from error
+    return settings
 
 
 def sweep(
-    run: Run,
-    pipeline: LDMPipeline,
-    settings: list[Setting],
-    network: FeatureNetwork,
-    reference: Reference,
-    weights: str,
-    protocol: dict,
-) -> Setting:
-    """Leave `sweep/` in the run folder; returns the setting with the smallest Frechet distance.
+    metrics: SampleMetrics, settings: list[SamplingSettings], count: int, protocol: dict, folder: Path
+) -> SamplingSettings:
+    """Measure `count` samples with each of the settings; returns the best of them.
 
-    All processes draw, and the same samples of every setting as far as labels and noise go.
+    Every process calls this. All settings start from the same noise and classes.
+
+    Args:
+        folder: gets `sweep.json`, the same as `table.csv` and `table.md`, and `plot.png`.
     """
-    count, rows = run.config.evaluation.num_samples, []
-    labels = sample_labels(run, pipeline, count)
-    for setting in settings:
-        folder = samples_folder(run, weights, setting, network)
-        samples = draw_features(run, pipeline, setting, network, count, folder)
-        rows.append(setting.describe() | {"figures": run.once(reference.figures, samples, labels)})
-        name, value = next(iter(rows[-1]["figures"].items()))
-        run.print(f"{setting.name}, {setting.num_inference_steps} steps, guidance "
-                  f"{setting.guidance_scale:g}: {name} {value:.4g}")  # fmt: skip
-    if run.accelerator.is_main_process:
-        write_sweep(run.folder / "sweep", rows, protocol)
-    best = min(range(len(rows)), key=lambda row: next(iter(rows[row]["figures"].values())))
-    if run.config.evaluation.save_best:
-        save_defaults(run, pipeline, settings[best])
-    run.accelerator.wait_for_everyone()
-    return settings[best]
+    accelerator, rows = metrics.sampler.accelerator, []
+    for each in settings:
+        rows.append(each.describe() | {"figures": metrics.measure(each, count)})
+        name = ranking_metric(rows[-1]["figures"])
+        accelerator.print(
+            f"{each.name}, {each.num_inference_steps} steps, guidance {each.guidance_scale:g}: "
+            f"{name} {rows[-1]['figures'][name]:.4g}",
+            flush=True,
+        )
+    if accelerator.is_main_process:
+        _write_tables(folder, rows, name, protocol)
+        save_sweep(rows, name, folder / "plot.png")
+        write_json(folder / "sweep.json", {"protocol": protocol, "rank_by": name, "settings": rows})
+    return min(zip(rows, settings, strict=True), key=lambda pair: pair[0]["figures"][name])[1]
 
 
-def write_sweep(folder: Path, rows: list[dict], protocol: dict) -> None:
-    """`sweep.json`, the same as `table.csv` and `table.md`, and `plot.png`."""
+def _write_tables(folder: Path, rows: list[dict], name: str, protocol: dict) -> None:
     folder.mkdir(exist_ok=True)
     flat = [{key: value for key, value in row.items() if key != "figures"} | row["figures"] for row in rows]
     text = io.StringIO()
@@ -54,30 +82,38 @@ def write_sweep(folder: Path, rows: list[dict], protocol: dict) -> None:
     writer.writeheader()
     writer.writerows(flat)
     write_bytes(folder / "table.csv", text.getvalue().encode())
-    first = next(iter(rows[0]["figures"]))
-    order = sorted(flat, key=lambda row: row[first])
     lines = ["| " + " | ".join(flat[0]) + " |", "|" + "---|" * len(flat[0])]
-    lines += ["| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in order]
-    note = ", ".join(f"{key} {value}" for key, value in protocol.items() if isinstance(value, (str, int)))
+    for row in sorted(flat, key=lambda row: row[name]):
+        cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    note = ", ".join(f"{key} {value}" for key, value in protocol.items() if isinstance(value, str | int))
     write_bytes(folder / "table.md", ("\n".join([*lines, "", note]) + "\n").encode())
-    save_sweep(rows, folder / "plot.png")
-    write_json(folder / "sweep.json", {"protocol": protocol, "settings": rows})
 
 
-def _cell(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def save_defaults(folder: Path, settings: SamplingSettings, conditional: bool) -> None:
+    """Make settings the defaults of a pipeline folder, which is replaced as a whole.
+
+    Its other files are not copied but linked, where the file system can.
+    """
+    index = read_json(folder / "model_index.json")
+    index["scheduler"] = ["diffusers", type(settings.scheduler).__name__]
+    index["defaults"] = {"num_inference_steps": settings.num_inference_steps}
+    if conditional:
+        index["defaults"]["guidance_scale"] = settings.guidance_scale
+    size = sum(path.stat().st_size for path in folder.rglob("*"))
+    with replacing(folder, size) as aside:
+        shutil.copytree(
+            folder,
+            aside,
+            copy_function=_link,
+            ignore=shutil.ignore_patterns("scheduler", "model_index.json"),
+        )
+        settings.scheduler.save_pretrained(aside / "scheduler")
+        (aside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def save_defaults(run: Run, pipeline: LDMPipeline, setting: Setting) -> None:
-    """Make a setting what the run's pipeline draws with by itself."""
-    folder = run.folder / "pipeline"
-    if run.accelerator.is_main_process:
-        with replacing(folder / "scheduler", 10_000) as aside:
-            setting.scheduler.save_pretrained(aside)
-        index = read_json(folder / "model_index.json")
-        index["scheduler"] = ["diffusers", type(setting.scheduler).__name__]
-        index["defaults"] = {"num_inference_steps": setting.num_inference_steps}
-        if num_classes(pipeline.denoiser):
-            index["defaults"]["guidance_scale"] = setting.guidance_scale
-        write_json(folder / "model_index.json", index)
-    run.print(f"{folder} now draws with {json.dumps(setting.describe())}")
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,8 +1,10 @@
 """The processes of a run: device, precision and threads."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -11,11 +13,14 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    broadcast_object_list,
     parse_flag_from_env,
     set_seed,
 )
 
 from training.config import Config, RunError
+
+Result = TypeVar("Result")
 
 
 def build_accelerator(config: Config, earlier_threads: int | None = None) -> Accelerator:
@@ -112,3 +117,9 @@ def usable_cores() -> int:
     """This process's share of the cores that it may use: those of its affinity, not of the machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def on_main_process(accelerator: Accelerator, function: Callable[..., Result], *arguments) -> Result:
+    """The result of a call on the main process alone, for every rank; all ranks call this."""
+    results = [function(*arguments) if accelerator.is_main_process else None]
+    return broadcast_object_list(results)[0]

@@ -8,7 +8,6 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from filelock import BaseFileLock
 
 from ldm_pipeline.pipeline import latent_shape
@@ -16,7 +15,7 @@ from training.config import Config, RunError
 from training.data.images import ImageData, load_images
 from training.data.scan import Scan, scan
 from training.networks import check_data, check_networks
-from training.runtime.accelerator import build_accelerator
+from training.runtime.accelerator import build_accelerator, on_main_process
 from training.runtime.atomic import read_json, write_json
 from training.runtime.folder import check_folder, check_space, lock_folder, open_folder, read_stored
 from training.runtime.signals import Interruption
@@ -69,8 +68,7 @@ class Run:
 
     def once(self, function: Callable[..., Result], *arguments) -> Result:
         """The result of a call on the main process alone, for every rank; all ranks call this."""
-        results = [function(*arguments) if self.accelerator.is_main_process else None]
-        return broadcast_object_list(results)[0]
+        return on_main_process(self.accelerator, function, *arguments)
 
     def print(self, *message) -> None:
         """Print on the main process only."""

@@ -1,0 +1,81 @@
+"""Everything that the evaluation would refuse after hours of training, checked before the first step."""
+
+from dataclasses import asdict
+
+from ldm_pipeline.models import build_scheduler
+from training.config import RunError, objective_of
+from training.evaluation.features import why_unavailable
+from training.evaluation.metrics import MIN_SAMPLES
+from training.evaluation.samples import SamplingSettings
+from training.evaluation.sweep import configured_settings
+from training.evaluation.validation import lpips_alex
+from training.runtime.atomic import read_json
+from training.runtime.run import Run
+
+
+def check_evaluation(run: Run, stages: list[str]) -> None:
+    """Check the options of the evaluation, and unless `--dry_run` that its networks can be loaded.
+
+    A training run whose feature network is not available says so in one line and goes on: it ends without the
+    metrics of samples. For the evaluation alone that is an error.
+
+    Args:
+        stages: names of the stages of this script.
+
+    Raises:
+        RunError: an option cannot work, or would be ignored.
+    """
+    config = run.config
+    if "evaluation" in stages:
+        _check_options(run, trains="denoiser" in stages)
+    samples = "evaluation" in stages and config.evaluation.num_samples
+    if config.dry_run or measured_before(run):
+        return
+    if config.evaluation.lpips and "evaluation" in stages:
+        lpips_alex(config.data.channels, config.data.resolution)
+    if not samples and not ("denoiser" in stages and config.denoiser.evaluate_every):
+        return
+    if reason := why_unavailable(run.accelerator, config.evaluation.features):
+        if stages == ["evaluation"]:
+            raise RunError(reason)
+        run.print(f"warning: no metrics of samples will be measured, because {reason}")
+
+
+def measured_before(run: Run) -> bool:
+    """Whether metrics.json is whole and has the present options and images; its weights may be others."""
+    path = run.folder / "metrics.json"
+    key = read_json(path).get("key", {}) if path.exists() else {}
+    options = key.get("evaluation") == asdict(run.config.evaluation)
+    return options and key.get("data") == run.data.fingerprint and "unavailable" not in key
+
+
+def _check_options(run: Run, trains: bool) -> None:
+    config, evaluation = run.config, run.config.evaluation
+    if evaluation.num_samples and len(run.data.train) < MIN_SAMPLES:
+        raise RunError(
+            f"--evaluation.num_samples {evaluation.num_samples}: metrics need {MIN_SAMPLES} training images, "
+            f"there are {len(run.data.train)}; set it to 0"
+        )
+    if evaluation.save_samples and not evaluation.num_samples:
+        raise RunError(f"--evaluation.save_samples {evaluation.save_samples} of --evaluation.num_samples 0")
+    tried = [evaluation.schedulers, evaluation.num_inference_steps, evaluation.guidance_scales]
+    is_sweep = any(len(values) > 1 for values in tried)
+    if is_sweep and not evaluation.num_samples:
+        raise RunError("--evaluation.num_samples 0: several settings are compared by metrics of samples")
+    if evaluation.save_best and not is_sweep:
+        raise RunError(
+            "--evaluation.save_best: there is only one setting; give several of --evaluation.schedulers, "
+            "--evaluation.num_inference_steps or --evaluation.guidance_scales"
+        )
+    if not trains:
+        return  # the pipeline is there, and is checked next
+    if evaluation.pipeline:
+        raise RunError(
+            f"--evaluation.pipeline {evaluation.pipeline}: this run trains a pipeline of its own; use "
+            "training/evaluate_ldm.py"
+        )
+    conditional = run.data.id2label is not None and config.denoiser.class_conditional is not False
+    objective = objective_of(config.denoiser)
+    scale = config.denoiser.guidance_scale if conditional else 1.0
+    own = SamplingSettings(build_scheduler(objective), config.denoiser.sample_steps, scale)
+    configured_settings(evaluation, objective, own, conditional)
