@@ -1,10 +1,10 @@
-"""The images: where they are and what a network sees of them."""
+"""Image datasets, and the transform from a picture to a network's input."""
 
+import copy
 import hashlib
 import json
 import os
 import re
-import stat
 import warnings
 from dataclasses import dataclass
 from io import BytesIO
@@ -18,20 +18,21 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from training.config import DataConfig, RunError
 from training.data import columns, sources
-from training.data.data_files import folders_of
 from training.data.order import seeded_generator
 
 TRANSFORM_VERSION = 1  # raise it when `transform` changes: caches made with the old one are then rebuilt
 MAX_HELD_OUT = 2000
-MAX_FILE_BYTES = 2**31  # more than any picture of as many pixels as Pillow opens
 FOREIGN_FORMATS = ("EPS", "WMF")  # to decode them Pillow hands the file to Ghostscript or to Windows
-# The filter for what `transform` itself refuses. Not `catch_warnings` around every image: Python would forget
-# which of Pillow's other warnings it has shown, and show them again for every image of every epoch.
-NO_BOMBS = ("ignore", None, Image.DecompressionBombWarning, None, 0)
+# `transform` itself refuses such pictures. Set here and not around every image, where `catch_warnings` would
+# make Python forget which of Pillow's other warnings it has shown.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """One split of a data set: encoded images, opened and transformed on access. Picklable.
+    """One split of a dataset: encoded images, which are decoded and transformed on access. Picklable.
+
+    An item is asked for by a pair, `split[index, flip]`: `StepSampler` (order.py) decides which images are
+    mirrored, so that this depends on (seed, step) alone. A DataLoader needs a sampler of such pairs.
 
     Args:
         dataset: rows whose image column is not decoded.
@@ -39,8 +40,7 @@ class ImageDataset(torch.utils.data.Dataset):
         labels: int64 (rows,), or None for unlabelled images.
         name: the split's name, for messages.
         resolution, channels: see `transform`.
-        rows: int64 (len,), the rows this split consists of. All if None.
-        folders: where files that rows name by their path may lie; a relative path starts at the first.
+        folders: the folders that may hold files which rows name by paths; relative paths start at the first.
     """
 
     def __init__(
@@ -51,12 +51,11 @@ class ImageDataset(torch.utils.data.Dataset):
         name: str,
         resolution: int,
         channels: int,
-        rows: torch.Tensor | None = None,
         folders: tuple[str, ...] = (),
     ):
         self.dataset, self.image_column, self.all_labels, self.name = dataset, image_column, labels, name
         self.resolution, self.channels, self.folders = resolution, channels, folders
-        self.rows = torch.arange(len(dataset)) if rows is None else rows
+        self.rows = torch.arange(len(dataset))  # the rows of `dataset` that this split consists of
 
     @property
     def labels(self) -> torch.Tensor | None:
@@ -67,17 +66,24 @@ class ImageDataset(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, item: tuple[int, bool]) -> dict[str, torch.Tensor]:
-        """The image at (index, flip): "images" float32 (C, R, R) in [-1, 1], "indices" int64 (), and
-        "class_labels" int64 () if the data set has labels. RunError if it can no longer be read."""
+        """The image at `(index, flip)`, mirrored if `flip`.
+
+        Returns:
+            "images" float32 (C, R, R) in [-1, 1], "indices" int64 (), and "class_labels" int64 () if the
+            dataset has labels.
+
+        Raises:
+            RunError: the image cannot be read.
+        """
         index, flip = item
         try:
             image = transform(self.raw(index), self.resolution, self.channels, flip)
         except Exception as error:  # Pillow's readers raise nearly every kind on broken files
             # One string, because PyTorch makes an error of a worker anew from its text.
             raise RunError(
-                f"The image {self.name_of(index)} of split {self.name!r} could be read when the run began, "
-                f"now it cannot: {reason_of(error)}. Restore the file; or remove or touch it and start the "
-                "same command again: all images are then looked at anew, and what cannot be read is left out."
+                f"The image {self.name_of(index)} of split {self.name!r} cannot be read: {reason_of(error)}. "
+                "Restore the file; or remove or touch it and start the same command again, with --data.scan "
+                "full: all images are then looked at anew, and unreadable ones are left out."
             ) from error
         sample = {"images": image, "indices": torch.tensor(index)}
         if self.all_labels is not None:
@@ -92,8 +98,6 @@ class ImageDataset(torch.utils.data.Dataset):
         content = _read_file(path, self.folders) if encoded is None else encoded
         if not content:
             raise ValueError("the file is empty")
-        if NO_BOMBS not in warnings.filters:
-            warnings.simplefilter(NO_BOMBS[0], NO_BOMBS[2])
         try:
             picture = Image.open(BytesIO(content))
         except UnidentifiedImageError as error:  # its own text holds a memory address
@@ -103,55 +107,33 @@ class ImageDataset(torch.utils.data.Dataset):
         return picture
 
     def name_of(self, index: int) -> str:
-        """What to call the image in messages: its path if it has one, else the split and the row."""
-        return printable(self._stored(index)[1] or f"{self.name}[{int(self.rows[index])}]")
+        """The image's name in messages: its path if it has one, else the split and the row."""
+        return self._stored(index)[1] or f"{self.name}[{int(self.rows[index])}]"
 
     def subset(self, indices: torch.Tensor) -> "ImageDataset":
         """The split reduced to `indices`, in their order."""
-        return ImageDataset(
-            self.dataset,
-            self.image_column,
-            self.all_labels,
-            self.name,
-            self.resolution,
-            self.channels,
-            self.rows[indices],
-            self.folders,
-        )
+        reduced = copy.copy(self)
+        reduced.rows = self.rows[indices]
+        return reduced
 
     def _stored(self, index: int) -> tuple[bytes | None, str | None]:
+        """The bytes and the path of an image; one of them may be None."""
         value = self.dataset[int(self.rows[index])][self.image_column]
-        if not isinstance(value, dict):
-            return value, None
-        path = value.get("path")
-        return value.get("bytes"), path if isinstance(path, str) else None
-
-
-def printable(text: str) -> str:
-    """`text` on one line, without what would command a terminal."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        return (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
 
 
 def reason_of(error: Exception) -> str:
-    """An error's kind and text on one line, the same in every process."""
-    text = re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(error).__name__}: {error}")
-    return printable(text[:500])
+    """An error's kind and text without memory addresses: the same in every process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(error).__name__}: {error}")[:500]
 
 
 def _read_file(path: str, folders: tuple[str, ...]) -> bytes:
     """The content of a file below one of `folders`; links that lie there may lead elsewhere."""
     # Only the names count, not where links lead: who links a picture into the folder wants it, while a path
-    # that came with the rows of a foreign data set must not make private files a part of the training.
+    # that came with the rows of a foreign dataset must not make private files a part of the training.
     path = os.path.normpath(os.path.join(folders[0] if folders else "", path))
     if not any(path.startswith(os.path.join(folder, "")) for folder in folders):
-        raise ValueError(f"its path {path!r} leaves the data set's folder")
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
-        raise ValueError("it is no regular file")
-    if found.st_size > MAX_FILE_BYTES:
-        raise ValueError(
-            f"the file has {found.st_size:,} bytes, more than the {MAX_FILE_BYTES:,} of any image"
-        )
+        raise ValueError(f"its path {path!r} leaves the dataset's folder")
     with open(path, "rb") as file:
         return file.read()
 
@@ -178,7 +160,7 @@ def load_images(config: DataConfig) -> ImageData:
     """Find the images that `config` describes. Nothing is decoded yet.
 
     Raises:
-        ValueError: the data set, a split or a column does not exist or is ambiguous, or a label is no class.
+        RunError: the dataset, a split or a column does not exist or is ambiguous, or a label is no class.
     """
     splits, identity = sources.load_splits(config)
     train_name, held_out_name = sources.split_names(splits, config)
@@ -194,6 +176,8 @@ def load_images(config: DataConfig) -> ImageData:
         held_out = _build_split(splits[held_out_name], held_out_name, images, labels, names, config)
     key = [identity, train_name, held_out_name, len(train), len(held_out), images, labels, names]
     key += [config.resolution, config.channels, TRANSFORM_VERSION]
+    if config.scan == "sample":  # other images may then be left out: latents of a full scan are not theirs
+        key += [config.scan]
     fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     return ImageData(train, held_out, None if names is None else dict(enumerate(names)), fingerprint)
 
@@ -202,7 +186,7 @@ def _build_split(
     rows: Dataset, name: str, images: str, labels: str | None, names: list[str] | None, config: DataConfig
 ) -> ImageDataset:
     if missing := {images, labels} - {None, *rows.column_names}:
-        raise ValueError(
+        raise RunError(
             f"Split {name!r} lacks the column {missing.pop()!r} of the training split; it has "
             f"{', '.join(rows.column_names)}. Choose another --data.test_split or column."
         )
@@ -212,23 +196,21 @@ def _build_split(
     if isinstance(rows.features[images], ImageFeature):
         rows = rows.cast_column(images, ImageFeature(decode=False))
     rows = rows.select_columns([images]).with_format(None)  # a stored format would change what rows are
-    folders = folders_of(config)
-    return ImageDataset(rows, images, numbers, name, config.resolution, config.channels, folders=folders)
+    folders = sources.folders_of(config)
+    return ImageDataset(rows, images, numbers, name, config.resolution, config.channels, folders)
 
 
 def _share(count: int, config: DataConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows to train on and rows to hold out, both ascending, the same whatever the seed of the run."""
-    if not 0 < config.held_out < 1:
-        raise ValueError(f"--data.held_out must lie between 0 and 1, not {config.held_out}")
     size = min(MAX_HELD_OUT, max(1, round(count * config.held_out)))
     if size >= count:
-        raise ValueError(f"{count} images are too few to hold out {size} (--data.dataset, --data.held_out)")
+        raise RunError(f"{count} images are too few to hold out {size} (--data.dataset, --data.held_out)")
     order = torch.randperm(count, generator=seeded_generator("cpu", "held out"))
     return order[:-size].sort().values, order[-size:].sort().values
 
 
 def transform(picture: Image.Image, resolution: int, channels: int, flip: bool) -> torch.Tensor:
-    """What a network sees of a picture: turned as EXIF says, on white, resized, its centre cropped.
+    """A picture as a network sees it: turned as EXIF says, laid on white, resized, its centre cropped.
 
     Args:
         picture: any mode; the first frame counts. It may be turned and decoded at reduced size.

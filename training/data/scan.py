@@ -1,7 +1,9 @@
-"""A full look at the images before anything is trained on them."""
+"""A look at the images before the first step: their sizes, modes and classes, and which cannot be read."""
 
+import os
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 from typing import Any
@@ -10,20 +12,22 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from training.config import RunError
 from training.data.images import ImageData, ImageDataset, reason_of, transform
 
 FEW_IMAGES = 1000  # below, networks of any use here reproduce their training images
-BAR_FROM = 5000  # images worth a progress bar
+MANY_IMAGES = 5000  # worth a progress bar, and the start of several processes
+SAMPLE_SIZE = 2000  # images of each split that --data.scan sample looks at
 
 
 @dataclass
 class Scan:
-    """What a full look at the images found, in JSON's types: `Scan(**asdict(scan))` is the same scan.
+    """Result of a scan, in JSON's types: `Scan(**asdict(scan))` is the same scan.
 
-    `counts` are the readable images of "train" and "held_out", `sizes` the 1,000 most frequent as
-    "WIDTHxHEIGHT", `shorter_sides` the least, median and largest, `enlarged` how many are smaller than the
-    resolution, `classes` the training images by class name; the dicts of `unreadable` have the keys "split",
-    "index", "name" and "reason".
+    `counts` are the images of "train" and "held_out" without the unreadable ones, `sizes` the 1,000 most
+    frequent as "WIDTHxHEIGHT", `shorter_sides` the least, median and largest, `enlarged` how many are smaller
+    than the resolution, `classes` the training images by class name; the dicts of `unreadable` have the keys
+    "split", "index", "name" and "reason". `sampled` is the number of images looked at, 0 for all.
     """
 
     resolution: int
@@ -34,12 +38,18 @@ class Scan:
     modes: dict[str, int]
     classes: dict[str, int] | None
     unreadable: list[dict[str, Any]]
+    sampled: int = 0
 
     def describe(self) -> str:
-        """The lines a person reads before a run: what there is, and what is wrong with it."""
-        train, total = self.counts["train"], sum(self.counts.values())
+        """The lines a person reads before a run: the images' properties, and warnings."""
+        train, total = self.counts["train"], self.sampled or sum(self.counts.values())
         least, median, largest = self.shorter_sides
         lines = [f"Images: {train:,} to train on, {self.counts['held_out']:,} held out"]
+        if self.sampled:
+            lines += [
+                f"Scanned: {self.sampled:,} of these, evenly spread (--data.scan sample); sizes, modes and "
+                "unreadable images are of this sample"
+            ]
         lines += [f"Sizes: {_listing(self.sizes)}; shorter side {least} to {largest}, median {median}"]
         lines += [f"Modes: {_listing(self.modes)}"]
         lines += ["Classes: none" if self.classes is None else f"Classes: {_listing(self.classes)}"]
@@ -61,7 +71,7 @@ def _listing(counts: dict[str, int], most: int = 10) -> str:
 
 
 class _Inspection(torch.utils.data.Dataset):
-    """Every image of a split as its ((width, height), mode), or the reason why it cannot be used."""
+    """Images of a split as ((width, height), mode), or the reason why they cannot be used."""
 
     def __init__(self, split: ImageDataset):
         self.split = split
@@ -79,29 +89,38 @@ class _Inspection(torch.utils.data.Dataset):
         return found
 
 
-def scan(data: ImageData, num_workers: int = 0) -> Scan:
-    """Read, decode and transform every image once; a progress bar shows for larger sets.
+def scan(
+    data: ImageData,
+    extent: str = "full",
+    num_workers: int = 0,
+    worker_init_fn: Callable[[int], None] | None = None,
+) -> Scan:
+    """Read, decode and transform every image once, or some of each split if `extent` is "sample".
+
+    A large set is divided among `num_workers` processes, or if that is 0 among one process per core that this
+    process may use; the result does not depend on their number.
 
     Raises:
-        ValueError: no image of a split can be used.
+        RunError: no image of a split can be used.
     """
-    found, unreadable, counts, classes = [], [], {}, None
+    found, unreadable, counts, sampled, classes = [], [], {}, 0, None
     for key, split in (("train", data.train), ("held_out", data.held_out)):
-        loader = DataLoader(_Inspection(split), 64, num_workers=num_workers, collate_fn=list)
-        every = 0.1 if sys.stderr.isatty() else 30  # seconds: a log file keeps every line
-        bar = tqdm(loader, f"scanning {split.name}", mininterval=every, disable=len(split) < BAR_FROM)
-        results = [result for batch in bar for result in batch]
-        bad = {index: reason for index, reason in enumerate(results) if isinstance(reason, str)}
+        indices = range(len(split))
+        if extent == "sample" and len(split) > SAMPLE_SIZE:
+            indices = torch.linspace(0, len(split) - 1, SAMPLE_SIZE).round().int().tolist()  # evenly spread
+        sampled += len(indices)
+        results = _inspect(split, indices, num_workers, worker_init_fn)
+        bad = {index: reason for index, reason in results.items() if isinstance(reason, str)}
         for index, reason in bad.items():
             unreadable.append({"split": key, "index": index, "name": split.name_of(index), "reason": reason})
         counts[key] = len(split) - len(bad)
-        if counts[key] == 0:
-            first = f"{split.name_of(0)}: {bad[0]}" if bad else "it is empty"
-            raise ValueError(f"No {key} image of split {split.name!r} can be read (--data.dataset); {first}")
+        if len(bad) == len(indices):
+            first = f"{split.name_of(indices[0])}: {bad[indices[0]]}" if bad else "it is empty"
+            raise RunError(f"No {key} image of split {split.name!r} can be read (--data.dataset); {first}")
         if key == "train" and data.id2label is not None:
             names = [data.id2label[label] for i, label in enumerate(split.labels.tolist()) if i not in bad]
             classes = {name: 0 for name in data.id2label.values()} | Counter(names)
-        found += [result for index, result in enumerate(results) if index not in bad]
+        found += [result for index, result in results.items() if index not in bad]
     sides = sorted(min(size) for size, _ in found)
     sizes = Counter(f"{width}x{height}" for (width, height), _ in found)
     return Scan(
@@ -113,4 +132,19 @@ def scan(data: ImageData, num_workers: int = 0) -> Scan:
         modes=dict(Counter(mode for _, mode in found).most_common()),
         classes=classes,
         unreadable=unreadable,
+        sampled=sampled if sampled < len(data.train) + len(data.held_out) else 0,
     )
+
+
+def _inspect(
+    split: ImageDataset, indices: Sequence[int], num_workers: int, worker_init_fn: Callable | None
+) -> dict[int, tuple[tuple[int, int], str] | str]:
+    """The result of `_Inspection` by index, in the order of `indices`."""
+    many = len(indices) >= MANY_IMAGES
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = (num_workers or (cores if cores > 1 else 0)) if many else 0
+    options = {"num_workers": workers, "worker_init_fn": worker_init_fn, "collate_fn": list}
+    loader = DataLoader(_Inspection(split), 64, sampler=indices, **options)
+    every = 0.1 if sys.stderr.isatty() else 30  # seconds: a log file keeps every line
+    bar = tqdm(loader, f"scanning {split.name}", mininterval=every, disable=not many)
+    return dict(zip(indices, (result for batch in bar for result in batch), strict=True))

@@ -18,7 +18,7 @@ from training.networks import check_data, check_networks
 from training.runtime.accelerator import build_accelerator, on_main_process
 from training.runtime.atomic import read_json, write_json
 from training.runtime.folder import check_folder, check_space, lock_folder, open_folder, read_stored
-from training.runtime.signals import Interruption
+from training.runtime.signals import Interruption, leave_signals_to_parent
 
 Result = TypeVar("Result")
 
@@ -119,7 +119,8 @@ def _scan_once(config: Config, data: ImageData, store: bool) -> Scan:
             return Scan(**stored["scan"])
         except (KeyError, TypeError) as error:
             raise RunError(f"{path} is damaged ({error}): delete it") from error
-    found = scan(data, config.data.num_workers)
+    options = config.data
+    found = scan(data, options.scan, options.num_workers, leave_signals_to_parent)
     if store:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"fingerprint": data.fingerprint, "scan": asdict(found)})
