@@ -183,7 +183,7 @@ def push_to_hub(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         there = api.list_repo_files(repo_id, revision=revision)
         stale = {name for name in there if name in FILES or COMPONENT_FILE.fullmatch(name)} - {*names}
-        # upload_folder() may make several commits.
+        # Not upload_folder(): with hf_xet it may make several commits.
         commit = api.create_commit(
             repo_id,
             [
