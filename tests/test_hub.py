@@ -448,7 +448,7 @@ def publish(capsys, *options):
 
 def test_the_command(hub, run, tmp_path, monkeypatch, capsys):
     options = [run, "--repo_id", REPO, "--license", "cc-by-4.0", "--folder", tmp_path / "tiny"]
-    code, out, _ = publish(capsys, *options, "--private", "true", "--dry_run", "true")
+    code, out, _ = publish(capsys, *options, "--private", "true", "--dry_run")
     assert code == 0 and "nothing was sent" in out and "alice/tiny (private), branch main" in out
     assert not hub.requests and all(f"/tiny/{name}" in out for name in files(tmp_path / "tiny"))
 
@@ -474,7 +474,7 @@ def test_the_command(hub, run, tmp_path, monkeypatch, capsys):
         (["--repo_id", REPO, "--license", "mit", "--folder", ROOT], "choose another folder"),
         (["--repo_id", REPO, "--license", "mit"], "no access token"),
         (["--repo_id", REPO, "--license", "mit", "--source_url", "ssh://x"], "source_url"),
-        (["--unknown", "1"], "unknown"),
+        (["--repo", REPO], "did you mean --repo_id"),
     ],
 )
 def test_what_the_command_refuses_before_it_begins(hub, run, tmp_path, monkeypatch, capsys, options, message):

@@ -12,7 +12,7 @@ from training.options import new_parser
 
 @dataclass
 class Publication:
-    """What is published, and where."""
+    """Make the folder of a trained model's Hub repository, and upload it."""
 
     repo_id: str | None = None
     """The repository on the Hub: a user or an organisation, and a name, such as org/cifar-ldm."""
@@ -46,7 +46,7 @@ class Publication:
 
 def parse(argv: list[str] | None = None) -> tuple[str, Publication]:
     """The run or pipeline folder, and the options. RunError for what is wrong."""
-    parser = new_parser(Publication, "python training/publish_ldm.py RUN [--OPTION VALUE] ...")
+    parser = new_parser(Publication, "python training/publish_ldm.py RUN --repo_id ORG/NAME --license LICENCE ...")
     parser.add_argument("run", type=str, help="Run folder, or folder of a pipeline.")
     parsed = parser.parse_args(argv)
     options = Publication(**{f.name: getattr(parsed, f.name) for f in fields(Publication)})
@@ -69,11 +69,8 @@ def publish(source: Path, options: Publication) -> None:
     if not options.dry_run:
         hub.require_token()
     run, dataset = find_run(source), shareable(options.dataset)
-    pipeline = load(run / "pipeline" if run else source)
-    if run:
-        check_metrics(run, pipeline)
     hub.export_for_hub(
-        pipeline,
+        load(run / "pipeline" if run else source, run),
         folder,
         options.repo_id,
         options.license,
@@ -96,28 +93,24 @@ def publish(source: Path, options: Publication) -> None:
         print(f"Verified: downloaded again, every file is that of {folder}")
 
 
-def load(folder: Path):
-    """The pipeline in a folder. RunError if it is damaged."""
+def load(folder: Path, run: Path | None):
+    """The pipeline in a folder. RunError if it is damaged, or the run's metrics are of other weights."""
     from ldm_pipeline import LDMPipeline
-
-    try:
-        return LDMPipeline.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{folder} cannot be loaded: {error}") from error
-
-
-def check_metrics(run: Path, pipeline) -> None:
-    """RunError if the run's metrics were measured with other weights than its pipeline has now."""
     from training.evaluation.samples import pipeline_sha256
     from training.runtime.atomic import read_json
 
-    path = run / "metrics.json"
-    measured = read_json(path).get("key", {}).get("weights") if path.exists() else None
+    try:
+        pipeline = LDMPipeline.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder} cannot be loaded: {error}") from error
+    metrics = run / "metrics.json" if run else None
+    measured = read_json(metrics).get("key", {}).get("weights") if metrics and metrics.exists() else None
     if measured and measured != pipeline_sha256(pipeline):
         raise RunError(
-            f"{path} was measured with other weights than {run / 'pipeline'} has now; measure again: "
+            f"{metrics} was measured with other weights than {folder} has now; measure again: "
             f"python training/evaluate_ldm.py --config {run / 'config.yaml'}"
         )
+    return pipeline
 
 
 def upload(folder: Path, options: Publication) -> str:
