@@ -46,7 +46,9 @@ class Publication:
 
 def parse(argv: list[str] | None = None) -> tuple[str, Publication]:
     """The run or pipeline folder, and the options. RunError for what is wrong."""
-    parser = new_parser(Publication, "python training/publish_ldm.py RUN --repo_id ORG/NAME --license LICENCE ...")
+    parser = new_parser(
+        Publication, "python training/publish_ldm.py RUN --repo_id ORG/NAME --license LICENCE ..."
+    )
     parser.add_argument("run", type=str, help="Run folder, or folder of a pipeline.")
     parsed = parser.parse_args(argv)
     options = Publication(**{f.name: getattr(parsed, f.name) for f in fields(Publication)})
