@@ -68,7 +68,7 @@ def export_for_hub(
     folder, record = Path(folder), record or TrainingRecord()
     check_names(repo_id, license, source_url)
     check_target(folder)
-    if not isinstance(pipe, LDMPipeline):
+    if isinstance(pipe, str | Path):
         pipe = LDMPipeline.from_pretrained(pipe)
     with _replacing(folder) as aside:
         pipe.save_pretrained(aside)
