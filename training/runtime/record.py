@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ldm_pipeline.model_card import TrainingRecord, is_hub_id
@@ -55,9 +55,10 @@ def read_record(run: Path, dataset: str | None = None, show_data: bool = True) -
         show_data: False leaves out the pictures that show images of the dataset.
 
     Raises:
-        RunError: a file is damaged.
+        RunError: a JSON file of the run is damaged.
     """
-    config = _read_config(run / "config.yaml")
+    path = run / "config.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
     config = {name: shareable(config[name]) for name in CONFIG if name in config}
     if dataset:
         config.setdefault("data", {})["dataset"] = dataset
@@ -103,24 +104,11 @@ def _read(path: Path) -> dict:
     return read_json(path) if path.exists() else {}
 
 
-def _read_config(path: Path) -> dict:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (yaml.YAMLError, UnicodeError) as error:
-        raise RunError(f"{path} is damaged: {error}") from error
-    if not isinstance(tree, dict):
-        raise RunError(f"{path} is damaged: it holds no configuration")
-    return tree
-
-
 def _raw_weights(run: Path, steps: int | None) -> dict[str, Tensor] | None:
     """The denoiser's weights of the last step, without EMA; None if its checkpoint is gone."""
     path = run / "denoiser" / f"checkpoint-{steps}" / "model.safetensors"
     if not path.is_file():
         return None
-    try:
-        with safe_open(path, "pt") as file:
-            keys = [key for key in file.keys() if key.startswith("unet.")]  # noqa: SIM118
-            return {key.removeprefix("unet."): file.get_tensor(key) for key in keys}
-    except SafetensorError as error:
-        raise RunError(f"{path} is no whole safetensors file: {error}") from error
+    with safe_open(path, "pt") as file:
+        keys = [key for key in file.keys() if key.startswith("unet.")]  # noqa: SIM118
+        return {key.removeprefix("unet."): file.get_tensor(key) for key in keys}
