@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_pipeline.models import load_autoencoder
+from ldm_pipeline.loading import load_autoencoder
 from training.config import parse_config
 from training.data.images import ImageDataset, load_images
 from training.data.latents import encode

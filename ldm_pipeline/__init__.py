@@ -4,7 +4,7 @@ from importlib import import_module
 
 # Resolved on first use (PEP 562): Diffusers takes seconds to import, and a command's --help needs none of it.
 _HOMES = {
-    "LDMPipeline": "pipeline",
+    "LDMPipeline": "loading",
     "build_autoencoder": "models",
     "build_unet": "models",
     "build_scheduler": "models",

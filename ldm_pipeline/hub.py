@@ -18,8 +18,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ldm_pipeline.loading import LDMPipeline
 from ldm_pipeline.model_card import TrainingRecord, render_card, sampling_settings
-from ldm_pipeline.pipeline import LDMPipeline, num_classes
+from ldm_pipeline.pipeline import num_classes
 
 PICTURES = ("samples.png", "reconstructions.png", "neighbours.png", "sweep.png")
 FILES = ("model_index.json", "pipeline.py", "README.md", "training_config.yaml", "metrics.json", *PICTURES)

@@ -2,20 +2,11 @@
 
 import inspect
 from collections.abc import Sequence
-from pathlib import Path
 
 import diffusers
 from diffusers import AutoencoderDC, AutoencoderKL, SchedulerMixin, UNet2DModel
-from huggingface_hub import snapshot_download
 
-from ldm_pipeline.pipeline import (
-    SCHEDULERS,
-    check_model_folder,
-    check_weights,
-    forget_local_path,
-    model_folder,
-    read_json,
-)
+from ldm_pipeline.pipeline import Objective, schedulers_for
 
 
 def build_autoencoder(
@@ -33,98 +24,54 @@ def build_autoencoder(
     Args:
         kind: "AutoencoderKL" (arXiv:2112.10752) or "AutoencoderDC" (arXiv:2410.10733), without posterior.
         widths: channels by level, finest first.
-        blocks: residual blocks by level. AutoencoderKL needs the same number in every level.
+        blocks: residual blocks by level. AutoencoderKL needs the same number in every level. AutoencoderDC
+            leaves out the first level where it has none.
 
     Raises:
-        ValueError: for numbers that the class cannot serve.
+        ValueError: for an unknown kind and for numbers that would be ignored. Other wrong numbers raise what
+            the class raises, or fail in the first pass.
     """
-    if not widths or len(blocks) != len(widths):
+    if len(blocks) != len(widths):
         raise ValueError(
-            f"autoencoder.blocks {list(blocks)} and autoencoder.widths {list(widths)} must have one entry a "
-            "level each"
+            f"autoencoder.blocks {list(blocks)} and autoencoder.widths {list(widths)} must have one entry "
+            "per level each"
         )
-    if kind == "AutoencoderKL":
-        if len(set(blocks)) != 1 or blocks[0] < 1:
-            raise ValueError(
-                f"autoencoder.blocks {list(blocks)}: AutoencoderKL wants one number, 1 or more, in all levels"
-            )
-        groups = next(g for g in (32, 16, 8, 4, 2, 1) if all(width % g == 0 for width in widths))
-        return AutoencoderKL(
-            in_channels=channels,
-            out_channels=channels,
-            down_block_types=("DownEncoderBlock2D",) * len(widths),
-            up_block_types=("UpDecoderBlock2D",) * len(widths),
-            block_out_channels=tuple(widths),
-            layers_per_block=blocks[0],
-            latent_channels=latent_channels,
-            norm_num_groups=groups,
-            sample_size=resolution,
-            scaling_factor=1.0,
-            mid_block_add_attention=False,
-        )
-    if kind == "AutoencoderDC":
-        _check_dc(widths, blocks, latent_channels)
-        none = ((),) * len(widths)
-        return AutoencoderDC(
-            in_channels=channels,
-            latent_channels=latent_channels,
-            encoder_block_out_channels=tuple(widths),
-            decoder_block_out_channels=tuple(widths),
-            encoder_layers_per_block=tuple(blocks),
-            decoder_layers_per_block=tuple(blocks),
-            encoder_qkv_multiscales=none,
-            decoder_qkv_multiscales=none,
-        )
-    raise ValueError(f"unknown autoencoder {kind!r}: want AutoencoderKL or AutoencoderDC")
+    builders = {"AutoencoderKL": _build_kl, "AutoencoderDC": _build_dc}
+    if kind not in builders:
+        raise ValueError(f"unknown autoencoder {kind!r}: want {' or '.join(builders)}")
+    return builders[kind](tuple(widths), tuple(blocks), latent_channels, channels, resolution)
 
 
-def _check_dc(widths: Sequence[int], blocks: Sequence[int], latent_channels: int) -> None:
-    """Refuse what AutoencoderDC would build and then fail in, or with a bare assertion.
-
-    Its shortcuts average or repeat whole groups of channels, and pixels are unshuffled four to one. Only the
-    first level may be left out (0 blocks: the image goes to the second at once), or the last have no blocks.
-    """
-    if min(blocks) < 0 or 0 in blocks[1:-1] or (blocks[0] == 0 and len(blocks) == 1):
-        raise ValueError(
-            f"autoencoder.blocks {list(blocks)}: AutoencoderDC takes 0 for the first and the last of several "
-            "levels only"
-        )
-    if widths[-1] % latent_channels:
-        raise ValueError(
-            f"autoencoder.latent_channels {latent_channels}: AutoencoderDC wants a divisor of the last of "
-            f"autoencoder.widths {list(widths)}"
-        )
-    first = 0 if blocks[0] else 1
-    if any(width % 4 for width in widths[1:]) or any(
-        4 * fine % coarse for fine, coarse in zip(widths[first:], widths[first + 1 :], strict=False)
-    ):
-        raise ValueError(
-            f"autoencoder.widths {list(widths)}: AutoencoderDC wants multiples of 4 after the first level, "
-            "each a divisor of four times the one before"
-        )
+def _build_kl(widths, blocks, latent_channels, channels, resolution) -> AutoencoderKL:
+    if len(set(blocks)) != 1:
+        raise ValueError(f"autoencoder.blocks {list(blocks)}: AutoencoderKL wants one number in all levels")
+    return AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        layers_per_block=blocks[0],
+        latent_channels=latent_channels,
+        norm_num_groups=next(g for g in (32, 16, 8, 4, 2, 1) if all(width % g == 0 for width in widths)),
+        sample_size=resolution,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
 
 
-def load_autoencoder(source: str | Path) -> AutoencoderKL | AutoencoderDC:
-    """An existing autoencoder from a local folder or a Hub id, whichever of the two classes it is.
-
-    Only safetensors are read, and exactly the weights of its class or none.
-
-    Raises:
-        ValueError: if it is of another class, or if its files are damaged.
-        OSError: if there is none at `source`.
-    """
-    names = ["config.json", *(f"diffusion_pytorch_model{n}" for n in (".safetensors*", "-*.safetensors"))]
-    folder = model_folder(str(source), lambda: snapshot_download(str(source), allow_patterns=names))
-    kind = read_json(folder / "config.json").get("_class_name")
-    classes = {c.__name__: c for c in (AutoencoderKL, AutoencoderDC)}
-    if str(kind) not in classes:
-        raise ValueError(f"{source} holds a {kind}: want {' or '.join(classes)}")
-    check_model_folder(classes[kind], folder)
-    autoencoder = classes[kind].from_pretrained(folder, use_safetensors=True)
-    autoencoder.register_to_config(_name_or_path=str(source))
-    forget_local_path(autoencoder)
-    check_weights(autoencoder, str(source))
-    return autoencoder
+def _build_dc(widths, blocks, latent_channels, channels, resolution) -> AutoencoderDC:
+    none = ((),) * len(widths)
+    return AutoencoderDC(
+        in_channels=channels,
+        latent_channels=latent_channels,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=blocks,
+        decoder_layers_per_block=blocks,
+        encoder_qkv_multiscales=none,
+        decoder_qkv_multiscales=none,
+    )
 
 
 def build_unet(
@@ -148,26 +95,12 @@ def build_unet(
             classifier-free guidance (arXiv:2207.12598).
 
     Raises:
-        ValueError: if the latents cannot be halved that often, or a width is no multiple of a group or head.
+        ValueError: for numbers that Diffusers would round or ignore. Other wrong numbers raise what the class
+            raises, or fail in the first pass.
     """
-    if not widths:
-        raise ValueError("denoiser.widths is empty: want one number or more")
     attention = [False] * len(widths) if attention is None else list(attention)
-    size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
-    halvings = 2 ** (len(widths) - 1)
-    if any(side % halvings for side in size):
-        raise ValueError(
-            f"latents of {size[0]}x{size[1]} cannot be halved {len(widths) - 1} times: use fewer "
-            "denoiser.widths or another data.resolution"
-        )
-    if len(attention) != len(widths):
-        raise ValueError(
-            f"denoiser.attention {attention} and denoiser.widths {list(widths)} must have one entry "
-            "a level each"
-        )
-    if bad := [width for width in widths if width % norm_groups]:
-        raise ValueError(f"denoiser.widths {bad} are no multiples of denoiser.norm_groups {norm_groups}")
-    if all(side == halvings for side in size) and norm_groups in widths[-2:]:
+    sides = (sample_size,) if isinstance(sample_size, int) else sample_size
+    if max(sides) == 2 ** (len(widths) - 1) and norm_groups in widths[-2:]:
         raise ValueError(
             f"denoiser.norm_groups {norm_groups} would normalise single numbers in the last of "
             f"denoiser.widths {list(widths)}, which has 1x1 pixels: lower it, or use fewer levels"
@@ -207,12 +140,11 @@ def build_scheduler(objective: dict, name: str | None = None) -> SchedulerMixin:
     Raises:
         ValueError: if no scheduler that can sample an LDMPipeline has this name.
     """
-    flow = objective["prediction_type"] == "flow_prediction"
-    name = (name or ("UniPCMultistep" if flow else "DPMSolverMultistep")).removesuffix(
-        "Scheduler"
-    ) + "Scheduler"
-    if name not in SCHEDULERS:
-        raise ValueError(f"no scheduler {name}; wanted one of {', '.join(sorted(SCHEDULERS))}")
+    flow, supported = objective["prediction_type"] == "flow_prediction", schedulers_for(Objective(objective))
+    name = (name or ("UniPCMultistep" if flow else "DPMSolverMultistep")).removesuffix("Scheduler")
+    name += "Scheduler"
+    if name not in supported:
+        raise ValueError(f"no scheduler {name}; wanted one of {', '.join(sorted(supported))}")
     kind = getattr(diffusers, name)
     options = {
         "clip_sample": False,  # made for pixels
@@ -223,7 +155,7 @@ def build_scheduler(objective: dict, name: str | None = None) -> SchedulerMixin:
     }
     if not flow:
         options |= objective
-    elif SCHEDULERS[name] == "solver":
+    elif supported[name] == "solver":
         options |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
         options |= {"solver_order": 3} if kind is diffusers.UniPCMultistepScheduler else {}
     taken = inspect.signature(kind.__init__).parameters

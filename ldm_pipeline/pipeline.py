@@ -1,14 +1,12 @@
-"""Samples latent diffusion models; self-contained, as this very file travels to the Hub with every model."""
+"""Samples latent diffusion models. Self-contained: this very file travels to the Hub with every model."""
 
 import inspect
 import json
 import math
-import re
-import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import (
@@ -18,51 +16,18 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     ImagePipelineOutput,
+    PNDMScheduler,
     SchedulerMixin,
     UNet2DConditionModel,
     UNet2DModel,
 )
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
-from safetensors import SafetensorError, safe_open
 
 # Read at import: two dynamically loaded `pipeline.py` share one file name in the modules cache, so that later
 # the file on disk may no longer be the code that runs.
 SOURCE = Path(__file__).read_bytes()
 FLOW_TIME = 1000.0  # a flow network sees 1000 * tau, the range its sinusoidal embedding was made for
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
-# How each scheduler states where on its path it stands; see `_scheduler_point`. By name; what is absent is
-# refused: equal attributes may mean something else (MiniMaxH3Scheduler has flow sigmas but wants -velocity).
-_FAMILIES = {
-    "table": "DDIM DDIMParallel DDPM DDPMParallel PNDM TCD CogVideoXDDIM",
-    "scaled": "EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete "
-    "LMSDiscrete",
-    "solver": "DPMSolverMultistep DPMSolverSinglestep DEISMultistep UniPCMultistep SASolver",
-    "flow": "FlowMatchEulerDiscrete FlowMatchHeunDiscrete FlowMapEulerDiscrete LTXEulerAncestralRF",
-    "edm": "EDMEuler EDMDPMSolverMultistep",
-    "ipndm": "IPNDM",
-}
-_REFUSALS = {
-    "it is made for distilled (few-step) networks":
-        "LCM FlowMatchLCM CMStochasticIterative SCM Piflow HeliosDMD ConsistencyDecoder",
-    "it runs from the image to the noise":
-        "DDIMInverse DPMSolverMultistepInverse",
-    "it is made for discrete tokens":
-        "Amused VQDiffusion BlockRefinement DiscreteDDIM EntropyBound",
-    "its step() wants more than a prediction, the time and the latents":
-        "CogVideoXDPM RePaint UnCLIP KarrasVe ScoreSdeVe ScoreSdeVp DDPMWuerstchen",
-    "its noise comes from torchsde's own seed instead of the generator":
-        "DPMSolverSDE CosineDPMSolverMultistep",
-    "it is made for one model's own path and time":
-        "MiniMaxH3 Helios RFD4Proteina",
-}  # fmt: skip
-
-
-def _by_name(groups: dict) -> dict:
-    return {f"{name}Scheduler": group for group, names in groups.items() for name in names.split()}
-
-
-SCHEDULERS, REFUSED = _by_name(_FAMILIES), _by_name(_REFUSALS)
 
 
 # -------------------------------------------------------------------------------------------------- objective
@@ -96,21 +61,21 @@ class Objective:
                 "objective: epsilon says nothing about the image where the signal is zero "
                 "(arXiv:2305.08891); use prediction_type='v_prediction' or rescale_betas_zero_snr=False"
             )
-        self._tables = {} if self.is_flow else {"cpu": _alphas_cumprod(config)}  # by device
-
-    def alphas_cumprod(self, device="cpu") -> torch.Tensor:
-        """The squares of alpha, (num_train_timesteps,) float32; of variance-preserving objectives alone."""
-        device = str(device)
-        if device not in self._tables:
-            self._tables[device] = self._tables["cpu"].to(device)
-        return self._tables[device]
+        if self.is_flow:
+            return
+        self.alphas_cumprod = DDPMScheduler(**config).alphas_cumprod
+        if not (self.alphas_cumprod.diff() <= 0).all():
+            raise ValueError(f"objective={config!r}: the signal of its noise schedule does not fall")
+        alpha2 = self.alphas_cumprod.double()
+        alpha2 = alpha2.clamp(min=alpha2[alpha2 > 0].min() / 4)  # without any signal there is no logarithm
+        self.log_snr = ((alpha2 / (1 - alpha2)).log() / 2).numpy()
 
     def alpha_sigma(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(alpha, sigma) at the network's own times, shaped like them."""
         if self.is_flow:
             tau = timesteps.float() / FLOW_TIME
             return 1 - tau, tau
-        alphas_cumprod = self.alphas_cumprod(timesteps.device)[timesteps.long()]
+        alphas_cumprod = self.alphas_cumprod.to(timesteps.device)[timesteps.long()]
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
     def target(self, clean: torch.Tensor, noise: torch.Tensor, alpha, sigma) -> torch.Tensor:
@@ -119,7 +84,13 @@ class Objective:
 
     def clean_and_noise(self, prediction: torch.Tensor, noisy: torch.Tensor, alpha, sigma) -> tuple:
         """(clean, noise) that a prediction implies; shapes as in `target`. Epsilon needs alpha > 0."""
-        return clean_and_noise(self.prediction_type, prediction, noisy, alpha, sigma)
+        alpha, sigma = _per_image(alpha, noisy), _per_image(sigma, noisy)
+        if self.prediction_type == "epsilon":
+            return (noisy - sigma * prediction) / alpha, prediction
+        if self.prediction_type == "v_prediction":
+            norm = alpha**2 + sigma**2
+            return (alpha * noisy - sigma * prediction) / norm, (sigma * noisy + alpha * prediction) / norm
+        return (noisy - sigma * prediction) / (alpha + sigma), (noisy + alpha * prediction) / (alpha + sigma)
 
     def network_point(self, alpha: float, sigma: float) -> tuple[float, float, float]:
         """(time, alpha, sigma) where the network's own path has the signal-to-noise ratio alpha / sigma.
@@ -130,27 +101,11 @@ class Objective:
         if self.is_flow:
             tau = sigma / (alpha + sigma)
             return FLOW_TIME * tau, 1 - tau, tau
-        alpha2 = self.alphas_cumprod().double()
-        alpha2 = alpha2.clamp(min=alpha2[alpha2 > 0].min() / 4)  # without any signal there is no logarithm
-        log_snr = ((alpha2 / (1 - alpha2)).log() / 2).numpy()
+        log_snr = self.log_snr
         wanted = math.log(max(alpha, 1e-12)) - math.log(max(sigma, 1e-12))
         wanted = min(max(wanted, log_snr[-1]), log_snr[0])
         time = np.interp(wanted, log_snr[::-1], np.arange(len(log_snr))[::-1])
         return float(time), 1 / math.sqrt(1 + math.exp(-2 * wanted)), 1 / math.sqrt(1 + math.exp(2 * wanted))
-
-
-def _alphas_cumprod(config: dict) -> torch.Tensor:
-    try:
-        alphas_cumprod = DDPMScheduler(**config).alphas_cumprod
-        sound = len(alphas_cumprod) and 0 <= alphas_cumprod[-1] and alphas_cumprod[0] < 1
-        sound = sound and not (alphas_cumprod.diff() > 0).any() and alphas_cumprod.isfinite().all()
-    except Exception as error:  # a constructor may raise anything at a wrong value
-        raise ValueError(f"objective={config}: {type(error).__name__}: {error}") from error
-    if not sound:
-        raise ValueError(
-            f"objective={config}: no noise schedule whose signal falls from below 1 to 0 or more"
-        )
-    return alphas_cumprod
 
 
 def _per_image(value, like: torch.Tensor):
@@ -169,18 +124,6 @@ def prediction_target(prediction_type: str, clean, noise, alpha, sigma) -> torch
     return noise - clean
 
 
-def clean_and_noise(prediction_type: str, prediction, noisy, alpha, sigma) -> tuple:
-    """(clean, noise) with noisy = alpha * clean + sigma * noise, as `prediction` implies them."""
-    alpha, sigma = _per_image(alpha, noisy), _per_image(sigma, noisy)
-    if prediction_type == "epsilon":
-        return (noisy - sigma * prediction) / alpha, prediction
-    if prediction_type == "v_prediction":
-        norm = alpha**2 + sigma**2
-        return (alpha * noisy - sigma * prediction) / norm, (sigma * noisy + alpha * prediction) / norm
-    assert prediction_type == "flow_prediction", prediction_type
-    return (noisy - sigma * prediction) / (alpha + sigma), (noisy + alpha * prediction) / (alpha + sigma)
-
-
 # ------------------------------------------------------------------------------------------ latent statistics
 def set_latent_statistics(autoencoder, mean: list[float], std: list[float]) -> None:
     """Write mean and deviation per channel into the autoencoder's config, the one place where they are kept.
@@ -193,22 +136,16 @@ def set_latent_statistics(autoencoder, mean: list[float], std: list[float]) -> N
 
 
 def _latent_statistics(autoencoder, like: torch.Tensor):
-    config = autoencoder.config
-    mean, std = given = [config.get(k, config.get(f"_{k}")) for k in ("latents_mean", "latents_std")]
-    try:
-        mean, std = (torch.tensor(v, dtype=torch.float32, device=like.device) for v in given)
-        sound = mean.shape == std.shape == (like.shape[1],) and mean.isfinite().all()
-        sound = sound and std.isfinite().all() and std.min() > 0
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # None, text, nested lists, 10**400
-        sound = False
-    if not sound:
+    names, channels = ("latents_mean", "latents_std"), like.shape[1]
+    mean, std = (autoencoder.config.get(name, autoencoder.config.get(f"_{name}")) for name in names)
+    if not (mean and std and len(mean) == len(std) == channels and min(std) > 0):
         raise ValueError(
-            f"the autoencoder's config has latents_mean={given[0]} and latents_std={given[1]}; wanted: a "
-            f"list of {like.shape[1]} finite numbers each, deviations above 0. Measure them over the "
-            "training set and write them with set_latent_statistics()"
+            f"the autoencoder's config has latents_mean={mean} and latents_std={std}; wanted: {channels} "
+            "numbers each, deviations above 0. Measure them over the training set and write them with "
+            "set_latent_statistics()"
         )
-    shape = (1, -1, *[1] * (like.ndim - 2))
-    return mean.view(shape), std.view(shape)
+    shape = (1, channels, *[1] * (like.ndim - 2))
+    return (torch.tensor(v, dtype=torch.float32, device=like.device).view(shape) for v in (mean, std))
 
 
 def normalize_latents(autoencoder, latents: torch.Tensor) -> torch.Tensor:
@@ -278,65 +215,120 @@ def latent_shape(denoiser) -> tuple[int, ...]:
     return (denoiser.config.out_channels, *((size, size) if isinstance(size, int) else size))
 
 
-# -------------------------------------------------------------------------------------- network and scheduler
-def scheduler_family(scheduler) -> str:
-    """The kind of path `scheduler` walks; ValueError, with those that can be used, where there is none."""
-    config = scheduler.config
-    names = [c.__name__ for c in type(scheduler).__mro__]
-    family = next((SCHEDULERS[name] for name in names if name in SCHEDULERS), None)
-    reason = None
+# --------------------------------------------------------------------------------------------------- guidance
+def guided(denoiser, noisy: torch.Tensor, time: float, condition: Condition, scale: float) -> torch.Tensor:
+    """The prediction under classifier-free guidance (arXiv:2207.12598), from one doubled batch, float32.
+
+    null + scale * (conditional - null); off at 1. noisy: (N, C, ...); condition: of N images.
+    """
+    if scale != 1:
+        condition = Condition.null(denoiser, len(noisy), noisy.device).join(condition)
+        noisy = torch.cat([noisy, noisy])
+    times = torch.full((len(noisy),), time, device=noisy.device)
+    prediction = denoise(denoiser, noisy.to(denoiser.dtype), times, condition).float()
+    return prediction if scale == 1 else torch.lerp(*prediction.chunk(2), scale)
+
+
+# ------------------------------------------------------------------------------------------ scheduler adapter
+# How each scheduler states where on its path it stands; see `scheduler_point`. By name, as equal attributes
+# may mean something else (MiniMaxH3Scheduler has flow sigmas but wants -velocity).
+_FAMILIES = {
+    "table": "DDIM DDIMParallel DDPM DDPMParallel PNDM TCD CogVideoXDDIM",
+    "scaled": "EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete "
+    "LMSDiscrete",
+    "solver": "DPMSolverMultistep DPMSolverSinglestep DEISMultistep UniPCMultistep SASolver",
+    "flow": "FlowMatchEulerDiscrete FlowMatchHeunDiscrete FlowMapEulerDiscrete LTXEulerAncestralRF",
+    "edm": "EDMEuler EDMDPMSolverMultistep",
+    "ipndm": "IPNDM",
+}
+SCHEDULERS = {f"{name}Scheduler": family for family, names in _FAMILIES.items() for name in names.split()}
+
+
+def schedulers_for(objective: Objective) -> dict[str, str]:
+    """{class name: family} of the schedulers that can sample a model of this objective; the same for all.
+
+    Few-step schedulers (LCM, SCM, ...) are made for distilled networks: to others they give wrong pictures.
+    """
+    return SCHEDULERS
+
+
+def scheduler_family(scheduler, objective: Objective) -> str:
+    """The kind of path that `scheduler` walks; ValueError, with those that can be used, where it cannot."""
+    names, supported = [c.__name__ for c in type(scheduler).__mro__], schedulers_for(objective)
+    family = next((supported[name] for name in names if name in supported), None)
     if family is None:
-        reason = next((REFUSED[name] for name in names if name in REFUSED), "its step() is unknown here")
-    elif config.get("use_dynamic_shifting") or config.get("invert_sigmas"):
-        reason = "use_dynamic_shifting needs a `mu` and invert_sigmas runs backwards; set both to False"
-    elif config.get("stochastic_sampling"):
-        reason = "stochastic_sampling is made for distilled models; set it to False"
-    elif family == "table" and config.get("rescale_betas_zero_snr") and config.prediction_type == "epsilon":
-        reason = "epsilon has no answer where the signal is zero; set its prediction_type to 'v_prediction'"
-    elif family == "solver":
-        flow_sigmas, wanted = bool(config.get("use_flow_sigmas")), config.get("prediction_type")
-        if wanted == ("v_prediction" if flow_sigmas else "flow_prediction"):
-            reason = f"its use_flow_sigmas={flow_sigmas} contradicts its prediction_type={wanted!r}"
-    if reason:
-        raise ValueError(
-            f"{names[0]} cannot sample this model: {reason}. These can: {', '.join(sorted(SCHEDULERS))}"
-        )
+        raise ValueError(f"{names[0]} is not supported; these are: {', '.join(sorted(supported))}")
+    for option in ("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling"):
+        if family in ("flow", "solver") and scheduler.config.get(option):
+            raise ValueError(f"{names[0]} with {option}=True is not supported; set it to False")
     return family
 
 
-def _scheduler_point(scheduler, family: str, i: int, t) -> tuple[float, float, str]:
-    """(alpha, sigma) of what `scale_model_input` gives at step i, and the prediction type `step` expects."""
-    prediction_type = scheduler.config.get("prediction_type")
+def scheduler_point(scheduler, family: str, i: int, t) -> tuple[float, float]:
+    """(alpha, sigma) of what `scale_model_input` gives at step i of the scheduler's timesteps."""
     if family == "table":
         alpha2 = float(scheduler.alphas_cumprod[int(t)])
-        return math.sqrt(alpha2), math.sqrt(1 - alpha2), prediction_type
-    if family == "ipndm":  # its `ets` is sigma * x + alpha * output: the output is v
-        return float(scheduler.alphas[i]), float(scheduler.betas[i]), "v_prediction"
+        return math.sqrt(alpha2), math.sqrt(1 - alpha2)
+    if family == "ipndm":
+        return float(scheduler.alphas[i]), float(scheduler.betas[i])
     if family == "scaled":  # x / sqrt(1 + sigma^2); only a probe knows the midpoints of the two-stage solvers
         alpha = float(scheduler.scale_model_input(torch.ones((), dtype=torch.float64), t))
-        return alpha, math.sqrt(max(1 - alpha**2, 0.0)), prediction_type
+        return alpha, math.sqrt(max(1 - alpha**2, 0.0))
     sigma = float(scheduler.sigmas[i])
-    if family == "flow" or scheduler.config.get("use_flow_sigmas"):
-        return 1 - sigma, sigma, "flow_prediction" if family == "flow" else prediction_type
-    return 1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma), prediction_type
+    if family == "flow" or family == "solver" and scheduler.config.get("use_flow_sigmas"):
+        return 1 - sigma, sigma
+    return 1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)
 
 
-def scheduler_prediction(
-    scheduler, family: str, objective: Objective, i: int, t, sample, network
-) -> torch.Tensor:
+def step_prediction_type(scheduler, family: str) -> str:
+    """The prediction type to step with: the scheduler's own where it computes with that on its own path.
+
+    A config that crossed from another class (`X.from_config(pipe.scheduler.config)`) may say what X does not
+    know, such as flow_prediction for DDIM, or contradict its own use_flow_sigmas.
+    """
+    if family == "flow" or family == "solver" and scheduler.config.get("use_flow_sigmas"):
+        return "flow_prediction"
+    if family == "ipndm":  # its `ets` is sigma * x + alpha * output: the output is v
+        return "v_prediction"
+    # Where the signal all but ends (cosine and zero terminal SNR schedules), a step from epsilon magnifies
+    # its errors by 1 / alpha; those of PNDM's Runge-Kutta steps grow to thousands of deviations.
+    faint = family == "table" and scheduler.alphas_cumprod[-1] < 1e-6
+    own = scheduler.config.get("prediction_type")
+    return own if own == "epsilon" and not faint else "v_prediction"
+
+
+@contextmanager
+def _suited(scheduler, family: str):
+    """The scheduler with options that suit `step` here; afterwards its config says what its owner wrote.
+
+    Clipping and thresholding are made for pixels: latents would end clipped, and colours washed out.
+    """
+    suited = {"clip_sample": False, "thresholding": False}
+    suited["prediction_type"] = step_prediction_type(scheduler, family)
+    own = {key: scheduler.config.get(key, value) for key, value in suited.items()}
+    changed = [key for key, value in suited.items() if own[key] != value]
+    scheduler.register_to_config(**{key: suited[key] for key in changed})
+    try:
+        yield
+    finally:
+        scheduler.register_to_config(**{key: own[key] for key in changed})
+
+
+def scheduler_prediction(scheduler, objective: Objective, i: int, t, sample, network) -> torch.Tensor:
     """What `scheduler.step(..., t, sample)` wants, from a `network(noisy, time)` on the path of `objective`.
 
-    sample: (N, C, H, W) float32. Rescaled, it moves from the scheduler's path to the network's at the same
-    signal-to-noise ratio; the prediction comes back as (clean, noise) and is put in the scheduler's terms.
+    sample: (N, C, ...) float32; i: index of t in the scheduler's timesteps. Rescaled, the sample moves from
+    the scheduler's path to the network's at the same signal-to-noise ratio; the prediction comes back as
+    (clean, noise) and is put in the terms of `step_prediction_type`.
     """
-    alpha, sigma, wanted = _scheduler_point(scheduler, family, i, t)
+    family = scheduler_family(scheduler, objective)
+    alpha, sigma = scheduler_point(scheduler, family, i, t)
     noisy = scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
     if family == "edm":  # its inputs are scaled to unit variance by sigma_data; here by 1
         noisy = sample * alpha
     time, net_alpha, net_sigma = objective.network_point(alpha, sigma)
     net_noisy = noisy * (math.hypot(net_alpha, net_sigma) / math.hypot(alpha, sigma))
-    prediction = network(net_noisy, time)
-    clean, noise = objective.clean_and_noise(prediction, net_noisy, net_alpha, net_sigma)
+    clean, noise = objective.clean_and_noise(network(net_noisy, time), net_noisy, net_alpha, net_sigma)
     # The half that the scheduler's own point magnifies less; it matters where the network's time was clamped.
     if sigma > alpha:
         noise = (noisy - alpha * clean) / sigma
@@ -346,170 +338,7 @@ def scheduler_prediction(
         at = float(scheduler.sigmas[i])
         c_skip, c_out = scheduler.precondition_outputs(1, 0, at), scheduler.precondition_outputs(0, 1, at)
         return (clean - c_skip * sample) / c_out
-    return prediction_target(wanted, clean, noise, alpha, sigma)
-
-
-# ---------------------------------------------------------------------------------------------- model folders
-def model_folder(source: str, download) -> Path:
-    """The local folder `source`, or what `download()` fetches of this id of the Hub; errors name `source`."""
-    if Path(source).is_dir():
-        return Path(source)
-    try:
-        return Path(download())
-    except (OSError, ValueError) as error:
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"{source} is no local folder and no model that the Hub gives: {error}") from error
-
-
-def forget_local_path(model) -> None:
-    """Drop a folder of this machine from a config, where Diffusers notes it: configs are saved and shared."""
-    if Path(str(model.config.get("_name_or_path"))).exists():
-        model.register_to_config(_name_or_path=None)
-
-
-def read_json(path: str | Path) -> dict:
-    """The object in a JSON file; ValueError or OSError, which name the file, where there is none."""
-    if not Path(path).is_file():  # nor may it be a pipe or a device, which would be read without an end
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a JSON {type(config).__name__}; wanted an object")
-    return config
-
-
-def build_from_config(kind: type, path: Path, device: str = "cpu"):
-    """A `kind` of the config at `path`, its weights untrained; ValueError with the file if there is none."""
-    config = read_json(path)
-    if config.get("_class_name") != kind.__name__ or config.get("quantization_config"):
-        raise ValueError(
-            f"{path} is of a {config.get('_class_name')}; wanted a {kind.__name__}, not quantized"
-        )
-    taken = inspect.signature(kind.__init__).parameters
-    wrong = {k: v for k, v in config.items() if isinstance(v, str | dict) and k in taken}
-    if wrong := {k: v for k, v in wrong.items() if isinstance(taken[k].default, int | float)}:
-        raise ValueError(f"{path} has {wrong}; wanted a number, true or false")  # "false" would pass for true
-    try:
-        with torch.device(device), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model = kind.from_config(config)
-            _try(model)
-    except Exception as error:  # what a wrong value raises, a constructor or a network does not say
-        raise ValueError(f"{path} makes no {kind.__name__}: {type(error).__name__}: {error}") from error
-    return model
-
-
-def _try(model) -> None:
-    """Run a component without numbers: what its config breaks, breaks before the first weight is read."""
-    if isinstance(model, SchedulerMixin):
-        if type(model).__name__ not in SCHEDULERS or model.config.get("use_dynamic_shifting"):
-            return  # loaded all the same, for the user to replace
-        model.set_timesteps(4)
-        for t in model.timesteps:
-            x = torch.zeros(1, 1, 1, 1)
-            model.step(model.scale_model_input(x, t) if hasattr(model, "scale_model_input") else x, t, x)
-    elif not isinstance(model, UNet2DConditionModel):
-        config, unet = model.config, isinstance(model, UNet2DModel)
-        shape = (1, *latent_shape(model)) if unet else (1, config.in_channels, 256, 256)
-        given = (
-            (torch.zeros(shape), torch.zeros(1), Condition.null(model, 1)) if unet else (torch.zeros(shape),)
-        )
-        result = denoise(model, *given) if unet else model(*given, return_dict=False)[0]
-        if result.shape != shape:
-            raise ValueError(f"it makes {tuple(result.shape)} of {shape}")
-
-
-def _stored_weights(folder: Path, variant: str | None) -> dict:
-    """{key: (shape, is a float)} of the safetensors that Diffusers would read, from their headers."""
-    name = "diffusion_pytorch_model"
-    infix = f".{variant}" if variant and any(folder.glob(f"{name}.{variant}*")) else ""
-    index, names, found = folder / f"{name}.safetensors.index{infix}.json", None, {}
-    if index.exists():
-        names = (content := read_json(index)).get("weight_map")
-        if not isinstance(names, dict) or not names or not isinstance(content.get("metadata"), dict):
-            raise ValueError(f"{index}: no weight_map and metadata")
-        # Diffusers would read a shard of another suffix as a pickle.
-        if bad := [n for n in names.values() if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(n))]:
-            raise ValueError(f"{index}: {bad[:3]} are no names of .safetensors files in its own folder")
-    for path in (
-        [folder / n for n in sorted(set(names.values()))]
-        if names
-        else [folder / f"{name}{infix}.safetensors"]
-    ):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; pickles (.bin, .pt, .ckpt) are never read")
-        try:
-            with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118
-                    weight = file.get_slice(key)
-                    stored = (tuple(weight.get_shape()), weight.get_dtype().startswith(("F", "BF")))
-                    found[key if not names or names.get(key) == path.name else f"{key} in {path.name}"] = (
-                        stored
-                    )
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no whole safetensors file: {error}") from error
-    return found
-
-
-def check_model_folder(kind: type, folder: Path, variant: str | None = None) -> None:
-    """ValueError or OSError unless `folder` has all weights of the `kind` in its config, and no more."""
-    model = build_from_config(kind, folder / "config.json", "meta")
-    wanted = {key: (tuple(t.shape), t.is_floating_point()) for key, t in model.state_dict().items()}
-    found = _stored_weights(folder, variant)
-    model._fix_state_dict_keys_on_load(found)  # autoencoders of 2022 name their attention's weights otherwise
-    faults = {
-        "missing": [key for key in wanted if key not in found],
-        "unknown": [key for key in found if key not in wanted],
-        "of another shape or type": [key for key in wanted if found.get(key, wanted[key]) != wanted[key]],
-    }
-    if told := [f"{len(keys)} {fault} ({', '.join(keys[:3])})" for fault, keys in faults.items() if keys]:
-        raise ValueError(f"{folder}: the weights are not those of its {kind.__name__}: {'; '.join(told)}")
-
-
-def check_weights(model, name: str) -> None:
-    """ValueError where weights of `model` are not finite, or where nothing was ever read into them."""
-    weights = {k: w for k, w in model.state_dict().items() if w.is_floating_point() and w.numel()}
-    absent = [key for key, weight in weights.items() if weight.is_meta and not hasattr(model, "_hf_hook")]
-    # One pass without a copy; float8 has no aminmax.
-    real = {k: w for k, w in weights.items() if not w.is_meta and w.dtype.itemsize > 1}
-    bad = [key for key, weight in real.items() if not torch.stack(weight.aminmax()).isfinite().all()]
-    if absent or bad:
-        what = f"not finite in {real[bad[0]].dtype}" if bad else "in no file"
-        raise ValueError(
-            f"{name}: {len(bad or absent)} weights are {what} ({', '.join((bad or absent)[:3])})"
-        )
-
-
-def _checked_names(id2label, classes: int) -> dict | None:
-    """Names by number as text, as JSON has them; ValueError unless every number is a class."""
-    if id2label is None:
-        return None
-    names = {str(number): name for number, name in id2label.items()} if isinstance(id2label, dict) else {}
-    classes = classes or math.inf
-    good = [n for n in names if n.isdecimal() and n == str(int(n)) and int(n) < classes]
-    if (
-        not isinstance(id2label, dict)
-        or len(good) < len(names)
-        or not all(isinstance(n, str) for n in names.values())
-    ):
-        raise ValueError(
-            f"id2label={str(id2label)[:200]}; wanted a dict of names by number, from 0 to {classes - 1}"
-        )
-    return names
-
-
-def _checked_defaults(defaults) -> dict | None:
-    """ValueError unless it is None or a dict of what a call can take."""
-    given = dict(defaults) if isinstance(defaults, dict) else {}
-    steps, scale = given.pop("num_inference_steps", 20), given.pop("guidance_scale", 1.0)
-    good = not given and type(steps) is int and steps >= 1 and type(scale) in (int, float)
-    if not (good and math.isfinite(scale) and isinstance(defaults, dict | None)):
-        raise ValueError(
-            f"defaults={str(defaults)[:200]}; wanted a dict of num_inference_steps, a whole number from 1, "
-            "and guidance_scale, a finite number"
-        )
-    return defaults
+    return prediction_target(step_prediction_type(scheduler, family), clean, noise, alpha, sigma)
 
 
 # --------------------------------------------------------------------------------------------------- pipeline
@@ -533,6 +362,7 @@ class LDMPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet->vae"
     _callback_tensor_inputs = ["latents"]
+    _guidance_scale, _num_timesteps = 1.0, 0  # of the running or last call; a callback may set the scale
 
     def __init__(
         self,
@@ -554,88 +384,34 @@ class LDMPipeline(DiffusionPipeline):
             check_weights(model, name)
             forget_local_path(model)
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
-        id2label = _checked_names(id2label, num_classes(unet))
-        self.register_to_config(
-            objective=dict(objective), id2label=id2label, defaults=_checked_defaults(defaults)
-        )
+        if unknown := set(defaults or {}) - {"num_inference_steps", "guidance_scale"}:
+            raise ValueError(f"defaults has {sorted(unknown)}; wanted num_inference_steps, guidance_scale")
+        names = _checked_names(id2label, num_classes(unet))
+        self.register_to_config(objective=dict(objective), id2label=names, defaults=defaults)
 
     @property
     def denoiser(self):
         """The network that denoises normalised latents."""
         return self.unet
 
-    # ---- saving and loading
-    @classmethod
-    def _dict_from_json_file(cls, json_file):
-        """Load a hosted `["pipeline", "LDMPipeline"]` as this very class: no code of the folder is run."""
-        config = read_json(json_file)
-        name = config.get("_class_name")
-        config["_class_name"] = name[-1] if isinstance(name, list) and name else name
-        if config["_class_name"] not in [c.__name__ for c in cls.__mro__ if issubclass(c, LDMPipeline)]:
-            raise ValueError(f"{json_file}: _class_name is {name!r}; wanted {cls.__name__!r}")
-        return config
+    @property
+    def guidance_scale(self) -> float:
+        """The scale of the running or last call; a callback may set `_guidance_scale` for the next steps."""
+        return self._guidance_scale
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As `DiffusionPipeline.from_pretrained`, but all of the model or an error, and never a pickle.
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the next step is guided: not at scale 1."""
+        return self._guidance_scale != 1
 
-        Diffusers itself only warns of weights that a file lacks or has too many.
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the running or last call."""
+        return self._num_timesteps
 
-        Raises:
-            ValueError: which names the file or the folder and what is wrong there.
-            OSError: where there is no such model.
-        """
-        source = str(pretrained_model_name_or_path)
-        if kwargs.get("use_safetensors") is False:
-            raise ValueError(
-                f"{source}: use_safetensors=False would read a pickle; only safetensors are read"
-            )
-        kwargs["use_safetensors"] = True
-        folder = model_folder(source, lambda: cls.download(source, **kwargs))
-        for name, kind in cls._component_classes(folder, kwargs).items():
-            if issubclass(kind, SchedulerMixin):
-                build_from_config(kind, folder / name / kind.config_name)
-            else:
-                check_model_folder(kind, folder / name, kwargs.get("variant"))
-        try:
-            pipe = super().from_pretrained(str(folder), **kwargs)
-            denormalize_latents(pipe.vae, torch.empty(0, pipe.vae.config.latent_channels, 1, 1))
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
-        except (LookupError, TypeError, AttributeError) as error:
-            # The entry of a component that is passed instead, or a file without a dot beside a variant.
-            raise ValueError(f"{source}: Diffusers cannot load it so: {error!r}") from error
-        pipe.register_to_config(_name_or_path=source)
-        return pipe
-
-    @classmethod
-    def _component_classes(cls, folder: Path, given: dict) -> dict[str, type]:
-        """The classes of the components that are read from `folder`, Diffusers' own ones alone."""
-        index, path = cls.load_config(folder), folder / cls.config_name
-        (wanted, options), types = cls._get_signature_keys(cls), cls._get_signature_types()
-        known = {*wanted, *options}
-        unknown = [key for key in index if key not in known and key[:1] != "_"]
-        if bad := unknown + [key for key in options if index.get(key) == []]:  # Diffusers stumbles over []
-            raise ValueError(f"{path} has {bad} unknown or empty; wanted {sorted(known)}")
-        classes = {}
-        for name in sorted(wanted - given.keys()):
-            entry = index.get(name)
-            library, kind = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-            if given.get("trust_remote_code") and library not in (None, "diffusers"):
-                continue  # code of the folder, which answers for itself
-            found = (
-                getattr(diffusers, kind, None) if library == "diffusers" and isinstance(kind, str) else None
-            )
-            if not (isinstance(found, type) and issubclass(found, types[name])):
-                raise ValueError(
-                    f"{path}: {name} is {entry}; wanted {[c.__name__ for c in types[name]]} of diffusers "
-                    "(code in the folder is run with trust_remote_code=True alone)"
-                )
-            classes[name] = found
-        return classes
-
+    # ---- saving
     def save_pretrained(self, save_directory, **kwargs):
-        """As `DiffusionPipeline.save_pretrained`, plus `pipeline.py`; ValueError unless safetensors."""
+        """Like `DiffusionPipeline.save_pretrained`, plus `pipeline.py`; ValueError unless safetensors."""
         if not kwargs.pop("safe_serialization", True):
             raise ValueError("safe_serialization=False would write a pickle; only safetensors are written")
         super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
@@ -658,71 +434,70 @@ class LDMPipeline(DiffusionPipeline):
         """Decode the whole batch at once."""
         self.vae.disable_slicing()
 
-    # ---- what the user asked for
-    def _class_number(self, label, classes: int) -> int:
-        names = self.config.id2label or {}
-        found = [int(number) for number, name in names.items() if name == label]
-        if not isinstance(label, str) and label in range(classes):
-            return int(label)
-        if isinstance(label, str) and len(found) == 1:
-            return found[0]
-        shown = [f"{number}: {name}" for number, name in names.items()]
-        shown = shown if len(shown) <= 50 else [*shown[:50], "..."]
-        raise ValueError(
-            f"class_labels has {label!r}{', shared by several classes' if len(found) > 1 else ''}; wanted a "
-            f"number from 0 to {classes - 1} or one of the names {{{', '.join(shown)}}}"
-        )
+    # ---- images and latents
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (N, 1 or 3, H, W) in [0, 1] to normalised latents (N, C, h, w): the posterior's mode."""
+        images = (images * 2 - 1).to(self._execution_device, self.vae.dtype)
+        encoded = self.vae.encode(images, return_dict=False)[0]
+        return normalize_latents(self.vae, encoded if torch.is_tensor(encoded) else encoded.mode())
 
-    def _condition(self, class_labels: list | None, batch_size: int, guidance_scale: float) -> Condition:
-        null = Condition.null(self.unet, batch_size, self._execution_device)
-        if class_labels is None:
-            if guidance_scale != 1:
-                raise ValueError(f"guidance_scale={guidance_scale} needs class_labels to guide to; 1 is off")
-            return null
-        if not (classes := num_classes(self.unet)):
-            raise ValueError(f"class_labels={class_labels}, but this model has no classes; leave it out")
-        numbers = [self._class_number(label, classes) for label in class_labels]
-        condition = Condition(class_labels=torch.tensor(numbers, device=null.class_labels.device))
-        return condition if guidance_scale == 1 else null.join(condition)
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Normalised latents (N, C, h, w) to images (N, 1 or 3, H, W) in [0, 1]; ValueError if not finite."""
+        latents = denormalize_latents(self.vae, latents).to(self.vae.dtype)
+        images = self.vae.decode(latents, return_dict=False)[0].float()
+        _require_finite(images, "images after the decoder", "vae", self.vae.dtype)
+        return (images / 2 + 0.5).clamp(0, 1)
 
-    def _prepare_latents(self, latents, batch_size: int, generator, device) -> torch.Tensor:
-        """(N, C, H, W) float32 of the deviation that the scheduler starts from."""
-        shape = latent_shape(self.unet)
-        if latents is None:
-            shape = (batch_size, *shape)
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif latents.ndim != len(shape) + 1 or latents.shape[1] != shape[0]:
-            raise ValueError(f"latents has shape {tuple(latents.shape)}; wanted (N, {shape[0]}, H, W)")
-        return latents.to(device, torch.float32) * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+    @torch.no_grad()
+    def denoise_latents(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        condition: Condition,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        callback_on_step_end=None,
+        callback_on_step_end_tensor_inputs: tuple = ("latents",),
+        eta: float = 0.0,
+    ) -> torch.Tensor:
+        """Step noisy latents to clean ones, (N, C, ...) float32; `__call__` has the other arguments.
 
-    def _set_timesteps(self, num_inference_steps: int, timesteps, sigmas, device):
-        scheduler, given = self.scheduler, {"timesteps": timesteps, "sigmas": sigmas}
-        given = {name: list(value) for name, value in given.items() if value is not None}
-        taken = inspect.signature(scheduler.set_timesteps).parameters
-        # LTXEulerAncestralRF wants a final 0 and evaluates there; the EDM schedulers take a ramp, not sigmas.
-        odd = ("LTXEulerAncestralRFScheduler", "EDMEulerScheduler", "FlowMapEulerDiscreteScheduler")
-        if len(given) > 1 or any(name not in taken or type(scheduler).__name__ in odd for name in given):
+        Args:
+            latents: as the scheduler has them at the first of `timesteps`.
+            timesteps: `scheduler.timesteps` after `set_timesteps`, or the end of it: `timesteps[start:]`.
+            condition: what the N images shall be.
+
+        Raises:
+            ValueError: for a scheduler that cannot sample this model or cannot start there, before the first
+                step; for latents that are not finite after the last.
+        """
+        scheduler, family = self.scheduler, scheduler_family(self.scheduler, self.objective)
+        begin = len(scheduler.timesteps) - len(timesteps)
+        if begin % scheduler.order or begin and isinstance(scheduler, PNDMScheduler):
+            wanted = "0" if isinstance(scheduler, PNDMScheduler) else f"a multiple of {scheduler.order}"
             raise ValueError(
-                f"{type(scheduler).__name__} cannot take {' and '.join(given)}; use num_inference_steps, or "
-                "EulerDiscreteScheduler or FlowMatchEulerDiscreteScheduler with sigmas"
+                f"{type(scheduler).__name__} cannot start at timesteps[{begin}:]; wanted {wanted}"
             )
-        if not given and num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={num_inference_steps}; wanted at least 1")
-        if not given and isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            # Its own grid ends at 0.001, so that the last evaluation is wasted, and applies `shift` twice
-            # (huggingface/diffusers issue 13243).
-            given["sigmas"] = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
-        if given:
-            scheduler.set_timesteps(device=device, **given)
-        else:
-            scheduler.set_timesteps(num_inference_steps, device=device)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin)
+        step_kwargs = self._step_kwargs(generator, eta)
+        self._guidance_scale, self._num_timesteps = guidance_scale, len(timesteps)
 
-    def _step_kwargs(self, generator, eta: float) -> dict:
-        taken = inspect.signature(self.scheduler.step).parameters
-        if eta and "eta" not in taken:
-            raise ValueError(f"eta={eta}, but {type(self.scheduler).__name__} takes none; DDIMScheduler does")
-        given = {"eta": eta, "generator": generator, "return_dict": False}
-        return {name: value for name, value in given.items() if name in taken}
+        def network(noisy, time):
+            return guided(self.denoiser, noisy, time, condition, self._guidance_scale)
+
+        for i, t in enumerate(self.progress_bar(timesteps)):
+            with _suited(scheduler, family):
+                output = scheduler_prediction(scheduler, self.objective, begin + i, t, latents, network)
+                latents = scheduler.step(output, t, latents, **step_kwargs)[0]
+            if callback_on_step_end is not None:
+                values = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
+                latents = (callback_on_step_end(self, i, t, values) or {}).get("latents", latents)
+        dtype = self.denoiser.dtype
+        _require_finite(latents, f"latents after {type(scheduler).__name__}", "unet", dtype)
+        return latents
 
     @torch.no_grad()
     def __call__(
@@ -744,7 +519,7 @@ class LDMPipeline(DiffusionPipeline):
         """Sample images.
 
         Args:
-            class_labels: a name or a number, or a list of them, one an image; None is unconditional.
+            class_labels: a name or a number, or a list of them, one per image; None is unconditional.
             batch_size: number of images; by default as many as labels, generators or latents, or one.
             num_inference_steps: steps of the scheduler; None: what the model's `defaults` say, or 20.
             timesteps, sigmas: a grid of one's own instead, where the scheduler takes it.
@@ -762,42 +537,37 @@ class LDMPipeline(DiffusionPipeline):
         Raises:
             ValueError: what cannot be meant, before the first step; non-finite latents or images after it.
         """
-        family, device = scheduler_family(self.scheduler), self._execution_device
         self._check_options(output_type, callback_on_step_end_tensor_inputs)
-        class_labels = _as_list(class_labels)
-        defaults = self.config.defaults or {}
+        class_labels, defaults = _as_list(class_labels), self.config.defaults or {}
         if num_inference_steps is None:
             num_inference_steps = defaults.get("num_inference_steps", 20)
         if guidance_scale is None:
             guidance_scale = 1.0 if class_labels is None else defaults.get("guidance_scale", 1.0)
         batch_size, class_labels = _batch_size(batch_size, class_labels, generator, latents)
         condition = self._condition(class_labels, batch_size, guidance_scale)
-        step_kwargs = self._step_kwargs(generator, eta)
-        self._set_timesteps(num_inference_steps, timesteps, sigmas, device)
-        latents = self._prepare_latents(latents, batch_size, generator, device)
-
-        def network(noisy, time):
-            noisy = noisy.to(self.unet.dtype)
-            if guidance_scale != 1:
-                noisy = torch.cat([noisy, noisy])
-            times = torch.full((len(noisy),), time, device=device)
-            prediction = denoise(self.unet, noisy, times, condition).float()
-            return prediction if guidance_scale == 1 else torch.lerp(*prediction.chunk(2), guidance_scale)
-
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            output = scheduler_prediction(self.scheduler, family, self.objective, i, t, latents, network)
-            latents = self.scheduler.step(output, t, latents, **step_kwargs)[0]
-            if callback_on_step_end is not None:
-                values = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
-                latents = (callback_on_step_end(self, i, t, values) or {}).get("latents", latents)
-
-        images = self._decode(latents, output_type)
-        self.maybe_free_model_hooks()
+        self._step_kwargs(generator, eta)
+        self._set_timesteps(num_inference_steps, timesteps, sigmas)
+        try:
+            latents = self.denoise_latents(
+                self._prepare_latents(latents, batch_size, generator),
+                self.scheduler.timesteps,
+                condition,
+                guidance_scale,
+                generator,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+                eta,
+            )
+            images = latents if output_type == "latent" else self._output(self.decode(latents), output_type)
+        finally:
+            self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    # ---- what the user asked for
     def _check_options(self, output_type: str, tensor_inputs):
+        scheduler_family(self.scheduler, self.objective)
         if output_type != "latent":
-            denormalize_latents(self.vae, torch.empty(0, self.unet.config.out_channels, 1, 1))
+            denormalize_latents(self.vae, torch.empty(0, self.vae.config.latent_channels, 1, 1))
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r}; wanted 'pil', 'np', 'pt' or 'latent'")
         if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
@@ -805,29 +575,104 @@ class LDMPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; wanted some of "
                 f"{self._callback_tensor_inputs}"
             )
-        clipping = [key for key in ("clip_sample", "thresholding") if self.scheduler.config.get(key)]
-        if clipping:
-            warnings.warn(
-                f"{type(self.scheduler).__name__} has {clipping[0]}=True, made for pixels: latents will "
-                f"be clipped and colours wash out. Build it with from_config(..., {clipping[0]}=False)",
-                stacklevel=4,  # the caller of the pipeline, past __call__ and its no_grad
-            )
 
-    def _decode(self, latents: torch.Tensor, output_type: str):
-        _require_finite(latents, f"latents after {type(self.scheduler).__name__}", "unet", self.unet.dtype)
-        if output_type == "latent":
-            return latents
-        latents = denormalize_latents(self.vae, latents).to(self.vae.dtype)  # (N, C, H, W)
-        images = self.vae.decode(latents, return_dict=False)[0].float()  # (N, 1 or 3, f * H, f * W)
-        _require_finite(images, "images after the decoder", "vae", self.vae.dtype)
-        images = (images / 2 + 0.5).clamp(0, 1)
+    def _class_number(self, label, classes: int) -> int:
+        names = self.config.id2label or {}
+        found = [int(number) for number, name in names.items() if name == label]
+        if not isinstance(label, str) and label in range(classes):
+            return int(label)
+        if isinstance(label, str) and len(found) == 1:
+            return found[0]
+        shown = [f"{number}: {name}" for number, name in names.items()]
+        shown = shown if len(shown) <= 50 else [*shown[:50], "..."]
+        raise ValueError(
+            f"class_labels has {label!r}{', shared by several classes' if len(found) > 1 else ''}; wanted a "
+            f"number from 0 to {classes - 1} or one of the names {{{', '.join(shown)}}}"
+        )
+
+    def _condition(self, class_labels: list | None, batch_size: int, guidance_scale: float) -> Condition:
+        classes, device = num_classes(self.denoiser), self._execution_device
+        if class_labels is None:
+            if guidance_scale != 1:
+                raise ValueError(f"guidance_scale={guidance_scale} needs class_labels to guide to; 1 is off")
+            return Condition.null(self.denoiser, batch_size, device)
+        if not classes:
+            raise ValueError(f"class_labels={class_labels}, but this model has no classes; leave it out")
+        numbers = [self._class_number(label, classes) for label in class_labels]
+        return Condition(class_labels=torch.tensor(numbers, device=device))
+
+    def _prepare_latents(self, latents, batch_size: int, generator) -> torch.Tensor:
+        """(N, C, H, W) float32 of the deviation that the scheduler starts from."""
+        shape, device = latent_shape(self.denoiser), self._execution_device
+        if latents is None:
+            latents = randn_tensor((batch_size, *shape), generator, device, torch.float32)
+        elif latents.ndim != len(shape) + 1 or latents.shape[1] != shape[0]:
+            raise ValueError(f"latents has shape {tuple(latents.shape)}; wanted (N, {shape[0]}, H, W)")
+        return latents.to(device, torch.float32) * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+
+    def _set_timesteps(self, num_inference_steps: int, timesteps, sigmas):
+        scheduler, given = self.scheduler, {"timesteps": timesteps, "sigmas": sigmas}
+        given = {name: list(value) for name, value in given.items() if value is not None}
+        taken, name = inspect.signature(scheduler.set_timesteps).parameters, type(scheduler).__name__
+        # LTXEulerAncestralRF wants a final 0 and evaluates there; the EDM schedulers take a ramp, not sigmas.
+        odd = ("LTXEulerAncestralRFScheduler", "EDMEulerScheduler", "FlowMapEulerDiscreteScheduler")
+        if len(given) > 1 or any(key not in taken or name in odd for key in given):
+            raise ValueError(
+                f"{name} cannot take {' and '.join(given)}; use num_inference_steps, or "
+                "EulerDiscreteScheduler or FlowMatchEulerDiscreteScheduler with sigmas"
+            )
+        if not given and num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps}; wanted at least 1")
+        if not given and isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            # Its own grid ends at 0.001, so that the last evaluation is wasted, and applies `shift` twice
+            # (huggingface/diffusers issue 13243).
+            given["sigmas"] = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+        given = given or {"num_inference_steps": num_inference_steps}
+        scheduler.set_timesteps(device=self._execution_device, **given)
+
+    def _step_kwargs(self, generator, eta: float) -> dict:
+        taken = inspect.signature(self.scheduler.step).parameters
+        if eta and "eta" not in taken:
+            raise ValueError(f"eta={eta}, but {type(self.scheduler).__name__} takes none; DDIMScheduler does")
+        given = {"eta": eta, "generator": generator, "return_dict": False}
+        return {name: value for name, value in given.items() if name in taken}
+
+    def _output(self, images: torch.Tensor, output_type: str):
         if output_type == "pt":
             return images
-        images = images.permute(0, 2, 3, 1).cpu().numpy()  # (N, f * H, f * W, 1 or 3)
-        if output_type == "np":
-            return images
-        images = (images * 255).round().astype(np.uint8)
-        return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in images]
+        images = images.permute(0, 2, 3, 1).cpu().numpy()  # (N, H, W, 1 or 3)
+        return images if output_type == "np" else self.numpy_to_pil(images)
+
+
+def check_weights(model, name: str) -> None:
+    """ValueError where weights of `model` are not finite, or where nothing was ever read into them."""
+    weights = {k: w for k, w in model.state_dict().items() if w.is_floating_point() and w.numel()}
+    absent = [key for key, weight in weights.items() if weight.is_meta and not hasattr(model, "_hf_hook")]
+    # One pass without a copy; float8 has no aminmax.
+    real = {k: w for k, w in weights.items() if not w.is_meta and w.dtype.itemsize > 1}
+    bad = [key for key, weight in real.items() if not torch.stack(weight.aminmax()).isfinite().all()]
+    if absent or bad:
+        fault = f"not finite in {real[bad[0]].dtype}" if bad else "in no file"
+        raise ValueError(
+            f"{name}: {len(bad or absent)} weights are {fault} ({', '.join((bad or absent)[:3])})"
+        )
+
+
+def forget_local_path(model) -> None:
+    """Drop a folder of this machine from a config, where Diffusers notes it: configs are saved and shared."""
+    if Path(str(model.config.get("_name_or_path"))).exists():
+        model.register_to_config(_name_or_path=None)
+
+
+def _checked_names(id2label, classes: int) -> dict | None:
+    """Names by number as text, as JSON has them; ValueError unless every number is a class."""
+    if id2label is None:
+        return None
+    names = {str(n): name for n, name in id2label.items()} if isinstance(id2label, dict) else {"": None}
+    unknown = names.keys() - {str(number) for number in range(classes)} if classes else ()
+    if unknown or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"id2label={id2label}; wanted a dict of names by number, from 0 to {classes - 1}")
+    return names
 
 
 def _as_list(class_labels) -> list | None:

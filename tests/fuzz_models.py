@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldm_pipeline import LDMPipeline
-from ldm_pipeline.models import load_autoencoder
+from ldm_pipeline.loading import load_autoencoder
 from tests.test_pipeline import generators, tiny_pipe
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from benchmarks.oracle import CASES
 from ldm_pipeline import LDMPipeline
-from ldm_pipeline.models import load_autoencoder
+from ldm_pipeline.loading import load_autoencoder
 from tests.fuzz_models import (
     PICKLE,
     WEIGHTS,
@@ -237,7 +237,7 @@ def test_no_token_is_in_an_error(tmp_path, status):
 import os, traceback
 os.environ |= {hub}
 from ldm_pipeline import LDMPipeline
-from ldm_pipeline.models import load_autoencoder
+from ldm_pipeline.loading import load_autoencoder
 for load in (lambda x: LDMPipeline.from_pretrained(x, token=os.environ["HF_TOKEN"]), load_autoencoder):
     try:
         load("someone/model{status}")

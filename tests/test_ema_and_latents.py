@@ -8,7 +8,7 @@ from conftest import TINY
 from safetensors.torch import load_file
 from torch import nn
 
-from ldm_pipeline.models import load_autoencoder
+from ldm_pipeline.loading import load_autoencoder
 from ldm_pipeline.pipeline import denormalize_latents
 from training.config import parse_config
 from training.data.images import load_images

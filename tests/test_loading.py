@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ldm_pipeline import LDMPipeline
-from ldm_pipeline.models import load_autoencoder
+from ldm_pipeline.loading import load_autoencoder
 from ldm_pipeline.pipeline import SOURCE
 from tests.test_pipeline import NAMES, generators, tiny_pipe
 
@@ -196,7 +196,7 @@ def test_from_the_cache_of_the_hub(saved, tmp_path):
     assert passed.unet is pipe.unet and np.array_equal(draw(passed), expected)
     hub_cache(tmp_path / "home" / "hub", "org/vae", folder / "vae")
     script = (
-        "from ldm_pipeline.models import load_autoencoder\n"
+        "from ldm_pipeline.loading import load_autoencoder\n"
         "print(load_autoencoder('org/vae').config._name_or_path)"
     )
     finished = run(script, folder, tmp_path, installed=True)

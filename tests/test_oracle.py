@@ -1,4 +1,7 @@
-"""Every scheduler under every objective, with an exact denoiser, returns the data's mean and deviation."""
+"""Every scheduler under every objective, with an exact denoiser, returns the data's mean and deviation.
+
+Errors are in percent of the deviation of the worst of four channels, the narrowest of which has 0.15.
+"""
 
 import diffusers
 import pytest
@@ -7,61 +10,113 @@ import torch
 from benchmarks.oracle import (
     BETAS,
     CASES,
+    COSINE,
+    DEVIATION,
+    MEAN,
     OBJECTIVES,
     STEPS,
+    ZERO_SNR,
     all_schedulers,
     build,
     errors,
     oracle_pipeline,
-    refusal,
+    sample,
+    standard_noise,
 )
 from ldm_pipeline.models import build_scheduler
-from ldm_pipeline.pipeline import SCHEDULERS, scheduler_family
+from ldm_pipeline.pipeline import SCHEDULERS, Condition, Objective, scheduler_family, scheduler_point
 
-TOLERANCE = 3  # percent
+FEW, MANY = 15, 50
+FIRST_ORDER = {case for case, (_, _, steps) in CASES.items() if steps > STEPS}
 # Diffusers' own arithmetic with NumPy; tens of thousands of lines.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def worst(pipe, steps):
-    return max(abs(error) for error in errors(pipe, steps))
+    return max(map(abs, errors(sample(pipe, steps))))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("case", [case for case, (_, _, steps) in CASES.items() if steps == STEPS])
-def test_higher_order_solvers_are_right_at_50_steps(case, objective):
-    assert worst(oracle_pipeline(OBJECTIVES[objective], build(case), size=16), STEPS) < TOLERANCE
+@pytest.mark.parametrize("objective", ["epsilon", "v, zero SNR", "flow"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_error_is_small_and_falls_with_the_steps(case, objective):
+    pipe = oracle_pipeline(OBJECTIVES[objective], build(case))
+    few, many = worst(pipe, FEW), worst(pipe, MANY)
+    assert many < (25 if case in FIRST_ORDER else 15) and many < max(few, 3)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("case", [case for case, (_, _, steps) in CASES.items() if steps > STEPS])
-def test_the_error_of_first_order_and_ancestral_solvers_falls_with_the_steps(case, objective):
-    pipe = oracle_pipeline(OBJECTIVES[objective], build(case), size=16)
-    few, many = worst(pipe, STEPS), worst(pipe, CASES[case][2])
-    assert many < TOLERANCE and many < few
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ["epsilon, cosine", "v, cosine", "v, zero SNR"])
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
-def test_every_scheduler_can_be_had_by_its_name(name, objective):
-    """As sweeps have them; the first-order ones are still off by some percent."""
+def test_every_scheduler_can_be_had_by_its_name_on_the_path_of_the_network(name, objective):
+    """As sweeps have them. PNDM among them, whose steps from epsilon go astray under a cosine schedule."""
     scheduler = build_scheduler(OBJECTIVES[objective], name.removesuffix("Scheduler"))
-    assert worst(oracle_pipeline(OBJECTIVES[objective], scheduler, size=16), 100) < 8
+    assert worst(oracle_pipeline(OBJECTIVES[objective], scheduler), MANY) < 30
 
 
-def test_a_name_that_is_no_scheduler_is_answered_with_those_that_are():
-    with pytest.raises(ValueError, match="no scheduler KarrasScheduler; wanted one of .*UniPCMultistep"):
-        build_scheduler(OBJECTIVES["flow"], "Karras")
+SOURCES = {  # a scheduler, the objective of its config, and the one of the model that it shall sample
+    "UniPC": ("UniPCMultistep", "flow", "flow"),
+    "FlowMatchEuler": ("FlowMatchEulerDiscrete", "flow", "v, zero SNR"),
+    "DPM++": ("DPMSolverMultistep", "epsilon, cosine", "epsilon, cosine"),
+    "DDIM": ("DDIM", "v, zero SNR", "flow"),
+}
 
 
-def test_every_accepted_scheduler_is_measured():
-    assert {f"{name}Scheduler" for name, _, _ in CASES.values()} == set(SCHEDULERS)
-    assert set(SCHEDULERS) <= set(all_schedulers())
+@pytest.mark.parametrize("target", sorted(SCHEDULERS))
+@pytest.mark.parametrize("source", SOURCES)
+def test_from_config_works_between_all_schedulers(source, target):
+    """`X.from_config(pipe.scheduler.config)`; X keeps its options."""
+    name, own, sampled = SOURCES[source]
+    config = build_scheduler(OBJECTIVES[own], name).config
+    scheduler = getattr(diffusers, target).from_config(config)
+    said = dict(scheduler.config)
+    assert worst(oracle_pipeline(OBJECTIVES[sampled], scheduler), MANY) < 40
+    own_change = {"lower_order_final"} if target == "DPMSolverSinglestepScheduler" else set()
+    assert {k for k, v in scheduler.config.items() if v != said[k]} <= own_change
 
 
-@pytest.mark.parametrize("name", sorted(set(all_schedulers()) - set(SCHEDULERS)))
-def test_every_other_scheduler_is_refused_with_its_reason(name):
-    assert refusal(name).startswith(f"{name} cannot sample this model: ") and "unknown" not in refusal(name)
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
+        diffusers.UniPCMultistepScheduler(prediction_type="v_prediction", use_flow_sigmas=True),
+        diffusers.UniPCMultistepScheduler(prediction_type="epsilon", use_flow_sigmas=True),
+        diffusers.HeunDiscreteScheduler(prediction_type="sample"),
+        diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing", **ZERO_SNR),
+        diffusers.PNDMScheduler(skip_prk_steps=True, **COSINE),
+        diffusers.DDIMScheduler(clip_sample=False, prediction_type="sample", **COSINE),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_options_that_contradict_each_other_are_stepped_with_what_can_be_computed(scheduler):
+    assert worst(oracle_pipeline(OBJECTIVES["flow"], scheduler), MANY) < 20
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_from_the_middle_of_its_timesteps(case):
+    """A clean latent, noised as the scheduler has it at a step, comes back as one of the data."""
+    objective = OBJECTIVES["flow" if "flow" in case else "epsilon"]
+    pipe = oracle_pipeline(objective, build(case), size=8)
+    pipe._set_timesteps(60, None, None)
+    scheduler, condition = pipe.scheduler, Condition()
+    begin = 20 * scheduler.order
+    timesteps, family = scheduler.timesteps[begin:], scheduler_family(scheduler, pipe.objective)
+    if case.startswith("PNDM"):
+        with pytest.raises(ValueError, match=r"PNDMScheduler cannot start at timesteps\[20:\]; wanted 0"):
+            pipe.denoise_latents(standard_noise(4, 8), timesteps, condition)
+        return
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    alpha, sigma = scheduler_point(scheduler, family, begin, timesteps[0])
+    clean, noise = standard_noise(16, 8, seed=1), standard_noise(16, 8, seed=2)
+    noise = noise - clean * (clean * noise).mean((0, 2, 3), keepdim=True)  # exactly uncorrelated
+    noise = noise / noise.std((0, 2, 3), keepdim=True)
+    noisy = alpha * (MEAN + DEVIATION * clean).float() + sigma * noise
+    scale = alpha if family in ("scaled", "edm") else 1  # these have clean + sigma * noise
+    generator = torch.Generator().manual_seed(0)
+    latents = pipe.denoise_latents(noisy / scale, timesteps, condition, generator=generator)
+    assert max(map(abs, errors(latents))) < max(1.5 * worst(pipe, 60), 8)
+    if scheduler.order == 2:
+        with pytest.raises(ValueError, match="wanted a multiple of 2"):
+            pipe.denoise_latents(noisy, scheduler.timesteps[begin + 1 :], condition)
 
 
 @pytest.mark.parametrize(
@@ -69,61 +124,44 @@ def test_every_other_scheduler_is_refused_with_its_reason(name):
     [
         diffusers.LCMScheduler(),
         diffusers.DDIMInverseScheduler(),
-        diffusers.UnCLIPScheduler(),
         diffusers.MiniMaxH3Scheduler(),
+        type("NewScheduler", (diffusers.UnCLIPScheduler,), {})(),
         diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
         diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
-        diffusers.DDIMScheduler(rescale_betas_zero_snr=True, clip_sample=False),
-        diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
-        diffusers.UniPCMultistepScheduler(prediction_type="v_prediction", use_flow_sigmas=True),
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
-def test_a_refusal_comes_before_the_first_step_and_lists_what_can(scheduler):
-    with pytest.raises(ValueError) as error:
+def test_others_are_refused_before_the_first_step(scheduler):
+    with pytest.raises(ValueError, match="is not supported; (these are: .*UniPC|set it to False)"):
         oracle_pipeline(OBJECTIVES["flow"], scheduler)(output_type="latent")
-    assert all(name in str(error.value) for name in SCHEDULERS)
 
 
-def test_an_unknown_class_is_refused_and_a_subclass_is_not():
+def test_names_and_subclasses():
     class Known(diffusers.DDIMScheduler):
         pass
 
-    assert scheduler_family(Known()) == "table"
-    with pytest.raises(ValueError, match="unknown"):
-        scheduler_family(type("NewScheduler", (), {"config": {}})())
+    assert scheduler_family(Known(), Objective(OBJECTIVES["flow"])) == "table"
+    assert {f"{name}Scheduler" for name, _, _ in CASES.values()} == set(SCHEDULERS) <= set(all_schedulers())
+    with pytest.raises(ValueError, match="no scheduler KarrasScheduler; wanted one of .*UniPCMultistep"):
+        build_scheduler(OBJECTIVES["flow"], "Karras")
 
 
-@pytest.mark.parametrize(
-    "claimed, predicted", [("epsilon", "v_prediction"), ("v", "epsilon"), ("flow", "epsilon")]
-)
+@pytest.mark.parametrize("claimed, predicted", [("epsilon", "v"), ("v", "epsilon"), ("flow", "epsilon")])
 @pytest.mark.parametrize("case", ["DPM-Solver++ 2M", "UniPC order 3, flow", "Heun"])
 def test_a_network_that_predicts_something_else_is_caught(case, claimed, predicted):
-    assert worst(oracle_pipeline(OBJECTIVES[claimed], build(case), predicts=predicted), STEPS) > 5 * TOLERANCE
+    pipe = oracle_pipeline(OBJECTIVES[claimed], build(case), predicts=OBJECTIVES[predicted])
+    assert worst(pipe, STEPS) > 60
 
 
-def test_clipping_is_caught_and_warned_about():
-    pipe = oracle_pipeline(OBJECTIVES["epsilon"], diffusers.DDIMScheduler(**BETAS))
-    with pytest.warns(UserWarning, match="clip_sample=True"):
-        assert worst(pipe, 200) > 5 * TOLERANCE
-
-
-def test_crossing_the_flow_boundary_with_from_config_is_right():
-    flow = diffusers.FlowMatchEulerDiscreteScheduler()
-    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(flow.config)  # becomes epsilon, in silence
-    assert worst(oracle_pipeline(OBJECTIVES["flow"], scheduler), STEPS) < TOLERANCE
-    back = diffusers.FlowMatchHeunDiscreteScheduler.from_config(scheduler.config)
-    assert worst(oracle_pipeline(OBJECTIVES["epsilon"], back), STEPS) < TOLERANCE
-
-
-ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
-
-
-@pytest.mark.parametrize("options", [{"beta_schedule": "squaredcos_cap_v2"}, ZERO_SNR])
-def test_a_scheduler_with_other_betas_than_the_network(options):
-    scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing", **options)
-    assert worst(oracle_pipeline(OBJECTIVES["v"], scheduler), 200) < TOLERANCE
+def test_clipping_and_thresholding_are_off_for_latents():
+    for scheduler in (
+        diffusers.DDIMScheduler(**BETAS),
+        diffusers.DPMSolverMultistepScheduler(thresholding=True),
+    ):
+        said = dict(scheduler.config)
+        assert worst(oracle_pipeline(OBJECTIVES["epsilon"], scheduler), MANY) < 15
+        assert dict(scheduler.config) == said
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -131,7 +169,4 @@ def test_a_scheduler_with_other_betas_than_the_network(options):
 def test_few_steps_are_finite(case, steps):
     if case.startswith("PNDM") and steps < 5 or case == "KDPM2 ancestral" and steps < 3:
         pytest.skip("the scheduler itself cannot")
-    latents = oracle_pipeline(OBJECTIVES["v"], build(case), size=8)(
-        num_inference_steps=steps, output_type="latent", generator=torch.Generator().manual_seed(0)
-    ).images
-    assert latents.isfinite().all()
+    assert sample(oracle_pipeline(OBJECTIVES["v"], build(case)), steps, images=1).isfinite().all()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ldm_pipeline.models import load_autoencoder
+from ldm_pipeline.loading import load_autoencoder
 from ldm_pipeline.pipeline import set_latent_statistics
 from training.config import RunError
 from training.data.latents import channel_statistics, encode, shard_problem

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ldm_pipeline.pipeline import LDMPipeline, latent_shape, num_classes
+from ldm_pipeline.loading import LDMPipeline
+from ldm_pipeline.pipeline import latent_shape, num_classes
 from training.config import RunError
 from training.data.latents import LatentDataset, encode
 from training.evaluation.checks import measured_before

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, UNet2DModel
 
-from ldm_pipeline.models import build_autoencoder, build_unet, load_autoencoder
+from ldm_pipeline.loading import load_autoencoder
+from ldm_pipeline.models import build_autoencoder, build_unet
 from ldm_pipeline.pipeline import Condition, denoise
 from training.config import Config, OptimizationConfig, RunError
 from training.data.images import ImageData

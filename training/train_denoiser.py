@@ -9,8 +9,9 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from ldm_pipeline.models import build_scheduler, load_autoencoder
-from ldm_pipeline.pipeline import LDMPipeline, num_classes
+from ldm_pipeline.loading import LDMPipeline, load_autoencoder
+from ldm_pipeline.models import build_scheduler
+from ldm_pipeline.pipeline import num_classes
 from training.config import DenoiserConfig, RunError
 from training.data.conditions import training_condition
 from training.data.latents import LatentDataset

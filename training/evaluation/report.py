@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ldm_pipeline.pipeline import LDMPipeline
+from ldm_pipeline.loading import LDMPipeline
 from training.evaluation.features import FeatureNetwork
 from training.runtime.accelerator import cpu_capabilities
 from training.runtime.run import Run

@@ -17,7 +17,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ldm_pipeline.pipeline import LDMPipeline, num_classes
+from ldm_pipeline.loading import LDMPipeline
+from ldm_pipeline.pipeline import num_classes
 from training.data.order import seeded_generator
 from training.evaluation.features import (
     BatchStore,

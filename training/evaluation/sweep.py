@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 
 from ldm_pipeline.models import build_scheduler
-from ldm_pipeline.pipeline import scheduler_family
+from ldm_pipeline.pipeline import Objective, scheduler_family
 from training.config import EvaluationConfig, RunError
 from training.evaluation.metrics import ranking_metric
 from training.evaluation.plots import save_sweep
@@ -39,7 +39,7 @@ def configured_settings(
     for name, number, scale in product(names, steps, scales):
         try:
             scheduler = build_scheduler(objective, name) if name else own.scheduler
-            scheduler_family(scheduler)
+            scheduler_family(scheduler, Objective(objective))
             settings.append(SamplingSettings(scheduler, number, float(scale)))
             settings[-1].describe()  # some schedulers refuse some numbers of steps
         except ValueError as error:

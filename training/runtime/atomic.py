@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm_pipeline import pipeline
+from ldm_pipeline import loading
 from training.config import RunError
 
 
@@ -85,7 +85,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def read_json(path: Path) -> dict:
     """The object in a JSON file of a run folder. Raises RunError if the file holds none."""
     try:
-        return pipeline.read_json(path)
+        return loading.read_json(path)
     except (OSError, ValueError) as error:
         raise RunError(f"{error}; restore it, or delete it to do its stage again") from error
 
