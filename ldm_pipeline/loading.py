@@ -109,7 +109,8 @@ def load_strictly(kind: type, folder: Path, **options):
     level = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity(logging.CRITICAL)  # what it would warn of is an error here
     try:
-        model, info = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+        told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # not ignored, but told
+        model, info = kind.from_pretrained(folder, use_safetensors=True, **told, **options)
     finally:
         diffusers_logging.set_verbosity(level)
     info = {what: list(map(str, keys)) for what, keys in info.items() if keys}

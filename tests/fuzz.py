@@ -14,7 +14,7 @@ from diffusers.utils.logging import disable_progress_bar  # noqa: E402
 
 from tests import fuzz_images, fuzz_models  # noqa: E402
 
-ENDS = ("used", "reported", "refused", "accepted", "works")  # one of them for every input
+ENDS = ("used", "reported", "refused", "accepted", "works", "fails")  # one of them for every input
 
 
 def table(title: str, outcomes: Counter) -> str:
