@@ -46,7 +46,7 @@ class LDMPipeline(pipeline.LDMPipeline):
             raise ValueError(
                 f"{source}: only safetensors are read, never a pickle; leave use_safetensors out"
             )
-        folder = Path(source if Path(source).is_dir() else cls.download(source, **options))
+        folder = _folder(source, lambda: cls.download(source, **options))
         parts = {}
         for name, kind in cls._stock_classes(folder, options).items():
             if issubclass(kind, ModelMixin):
@@ -78,6 +78,17 @@ class LDMPipeline(pipeline.LDMPipeline):
                 )
             classes[name] = found
         return classes
+
+
+def _folder(source: str, download) -> Path:
+    """The local folder `source`, or what `download()` fetches of this id of the Hub; errors name `source`."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(download())
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{source} is no local folder and no model that the Hub gives: {error}") from error
 
 
 def _network_options(name: str, folder: Path, options: dict) -> dict:
@@ -127,8 +138,7 @@ def load_autoencoder(source: str | Path) -> AutoencoderKL | AutoencoderDC:
         OSError: if there is none at `source`, or no safetensors.
     """
     names = ["config.json", f"{WEIGHTS}.safetensors*", f"{WEIGHTS}-*.safetensors"]
-    local = Path(source).is_dir()
-    folder = Path(source if local else snapshot_download(str(source), allow_patterns=names))
+    folder = _folder(str(source), lambda: snapshot_download(str(source), allow_patterns=names))
     kind = read_json(folder / "config.json").get("_class_name")
     classes = {c.__name__: c for c in (AutoencoderKL, AutoencoderDC)}
     if str(kind) not in classes:
