@@ -97,7 +97,9 @@ def evaluate(run: Run) -> None:
     run.print(report(results))
     if missing:
         command = f"python training/evaluate_ldm.py --config {run.folder / 'config.yaml'}"
-        run.print(f"\nThe metrics of samples are missing: {missing}.\nThis measures them later:\n  {command}")
+        run.print(
+            f"\nno metrics of samples, for want of {config.features}; this measures them later:\n  {command}"
+        )
     run.accelerator.wait_for_everyone()
 
 

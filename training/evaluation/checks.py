@@ -56,13 +56,8 @@ def _check_options(run: Run, trains: bool) -> None:
             f"--evaluation.num_samples {evaluation.num_samples}: metrics need {MIN_SAMPLES} training images, "
             f"there are {len(run.data.train)}; set it to 0"
         )
-    if evaluation.save_samples and not evaluation.num_samples:
-        raise RunError(f"--evaluation.save_samples {evaluation.save_samples} of --evaluation.num_samples 0")
     tried = [evaluation.schedulers, evaluation.num_inference_steps, evaluation.guidance_scales]
-    is_sweep = any(len(values) > 1 for values in tried)
-    if is_sweep and not evaluation.num_samples:
-        raise RunError("--evaluation.num_samples 0: several settings are compared by metrics of samples")
-    if evaluation.save_best and not is_sweep:
+    if evaluation.save_best and all(len(values) < 2 for values in tried):
         raise RunError(
             "--evaluation.save_best: there is only one setting; give several of --evaluation.schedulers, "
             "--evaluation.num_inference_steps or --evaluation.guidance_scales"
