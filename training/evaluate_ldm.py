@@ -20,9 +20,7 @@ from training.config import RunError
 from training.data.latents import LatentDataset, encode
 from training.evaluation.checks import measured_before
 from training.evaluation.features import (
-    BatchStore,
     FeatureNetwork,
-    cache_key,
     load_network,
     real_features,
     weights_sha256,
@@ -33,6 +31,7 @@ from training.evaluation.metrics import MIN_SAMPLES, FrechetDistance, Reference,
 from training.evaluation.plots import to_uint8
 from training.evaluation.report import circumstances, protocol_of, report
 from training.evaluation.samples import SampleMetrics, Sampler, SamplingSettings, pipeline_sha256
+from training.evaluation.store import BatchStore, cache_key
 from training.evaluation.sweep import configured_settings, save_defaults, sweep
 from training.evaluation.validation import inference, lpips_alex, reconstruction_metrics, validation_loss
 from training.runtime.atomic import read_json, write_json
@@ -68,8 +67,7 @@ def evaluate(run: Run) -> None:
 
     Without its feature network it leaves everything else, and prints the command that measures later.
     """
-    config, path = run.config.evaluation, run.folder / "metrics.json"
-    pipeline = open_pipeline(run)
+    config, pipeline = run.config.evaluation, open_pipeline(run)
     key, settings = evaluation_key(run, pipeline), settings_of(run, pipeline)
     labels = run.data.train.labels
     sampler = Sampler(pipeline, run.accelerator, run.config.seed, config.batch_size, labels)
@@ -93,7 +91,7 @@ def evaluate(run: Run) -> None:
     key |= {"unavailable": config.features} if missing else {}
     results |= circumstances(run, pipeline) | {"key": key}
     if run.accelerator.is_main_process:
-        write_json(path, results)
+        write_json(run.folder / "metrics.json", results)
     run.print(report(results))
     if missing:
         command = f"python training/evaluate_ldm.py --config {run.folder / 'config.yaml'}"
@@ -146,9 +144,8 @@ def measure_reconstruction(
     """PSNR, SSIM and LPIPS of held-out reconstructions, and their Frechet distance to the originals."""
     config, data, images = run.config, run.data, run.data.held_out
     count = min(config.evaluation.num_images, len(images))
-    perceptual = None
-    if config.evaluation.lpips:
-        perceptual = lpips_alex(config.data.channels, config.data.resolution).to(run.device)
+    size = config.data.channels, config.data.resolution
+    perceptual = lpips_alex(*size).to(run.device) if config.evaluation.lpips else None
     grid = run.folder / "samples" / "reconstructions.png"
     metrics = reconstruction_metrics(
         run.accelerator, autoencoder, images, count, store.batch_size, grid, perceptual

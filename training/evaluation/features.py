@@ -1,10 +1,8 @@
-"""Feature networks, the features of real images, and the store that keeps features batch by batch."""
+"""Feature networks, and the features of real images."""
 
 import hashlib
 import inspect
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,19 +12,16 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub import model_info
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from training.config import DataConfig, RunError
 from training.data.images import ImageData, load_images
 from training.evaluation.plots import to_uint8
+from training.evaluation.store import BatchStore, cache_key
 from training.runtime.accelerator import on_main_process
-from training.runtime.atomic import write_tensors
-from training.runtime.signals import Interruption, leave_signals_to_parent
+from training.runtime.signals import leave_signals_to_parent
 
 CHOICES = """\
 Choose "inception", "digits", a local folder or Hub id of an image model of transformers such as
@@ -43,7 +38,6 @@ class FeaturesUnavailable(RunError):
         )
 
 
-# ------------------------------------------------------------------------------------------ feature networks
 class FeatureNetwork(nn.Module):
     """A network that turns images into features.
 
@@ -150,12 +144,8 @@ def _inception() -> FeatureNetwork:
         network = Inception("inception-v3-compat", ["2048", "logits_unbiased"], antialias=False)
     except OSError as error:  # its weights come from GitHub
         raise FeaturesUnavailable("inception", f"its weights cannot be downloaded ({error})") from error
-    return FeatureNetwork(
-        "inception",
-        network,
-        "299x299, bilinear as in TensorFlow 1",
-        prepare=lambda pixels: (pixels * 255).round().byte(),
-    )
+    resize = "299x299, bilinear as in TensorFlow 1"
+    return FeatureNetwork("inception", network, resize, lambda pixels: (pixels * 255).round().byte())
 
 
 def _from_hub(spec: str) -> FeatureNetwork:
@@ -200,10 +190,11 @@ class _Pooled(nn.Module):
         self.model = model
 
     def forward(self, pixels: Tensor) -> Tensor:
-        if hasattr(self.model, "get_image_features"):  # CLIP and the like
-            outputs = self.model.get_image_features(pixel_values=pixels)
-            return outputs if torch.is_tensor(outputs) else outputs.pooler_output
-        outputs = self.model(pixel_values=pixels)
+        # CLIP and the like also have text; older versions of transformers return its features alone.
+        call = getattr(self.model, "get_image_features", self.model)
+        outputs = call(pixel_values=pixels)
+        if torch.is_tensor(outputs):
+            return outputs
         pooled = getattr(outputs, "pooler_output", None)
         return outputs.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
 
@@ -228,91 +219,6 @@ class DigitReader(nn.Module):
         distances = torch.cdist(features, self.digits)
         nearest = [distances[:, self.labels == digit].amin(1) for digit in range(10)]
         return features, -torch.stack(nearest, 1).square()
-
-
-# ------------------------------------------------------------------------------------------ features on disk
-Compute = Callable[[list[range]], Iterable[dict[str, Tensor]]]
-
-
-@dataclass(frozen=True)
-class BatchStore:
-    """Tensors with a row per image, computed batch by batch by all processes and kept on disk.
-
-    A stored batch is never computed again, so a killed evaluation continues. Batches do not depend on the
-    number of processes: their results are equal to the bit.
-    """
-
-    accelerator: Accelerator
-    folder: Path
-    batch_size: int
-    interruption: Interruption
-
-    def compute(self, name: str, count: int, compute: Compute, title: str, without: str = "") -> dict:
-        """Tensors of `count` images by name, read from disk where they are. Every process calls this.
-
-        Args:
-            name: of the subfolder, with a hash of whatever the results depend on; see `cache_key`.
-            compute: yields the tensors of each of the given batches of image numbers, in their order.
-            title: of the progress bar.
-            without: a tensor to keep on disk only.
-
-        Raises:
-            Interrupted: after SIGTERM or SIGINT; the finished batches stay.
-        """
-        accelerator = self.accelerator
-        missing = [batch for batch in self._batches(count) if not self._path(name, batch).exists()]
-        accelerator.wait_for_everyone()  # all processes have listed the same files before one is written
-        rank, processes = accelerator.process_index, accelerator.num_processes
-        own = missing[rank::processes]
-        # A sharded network must be called equally often by every process: the last call may be a repetition.
-        rounds = -(-len(missing) // processes)
-        calls = own + missing[: rounds - len(own)]
-        bar = tqdm(
-            total=count,
-            initial=count - sum(map(len, missing)),
-            desc=title,
-            unit="image",
-            disable=not (missing and accelerator.is_main_process),
-            mininterval=1 if sys.stderr.isatty() else 30,
-        )
-        for number, (batch, tensors) in enumerate(zip(calls, compute(calls), strict=True)):
-            if number < len(own):
-                path = self._path(name, batch)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_tensors(path, {key: value.cpu().contiguous() for key, value in tensors.items()})
-            bar.update(min(len(batch) * processes, count - bar.n))
-            self.interruption.check()
-        bar.close()
-        accelerator.wait_for_everyone()
-        columns: dict[str, list[Tensor]] = {}
-        for _, tensors in self.batches(name, count):
-            for key in tensors.keys() - {without}:
-                columns.setdefault(key, []).append(tensors[key])
-        return {key: torch.cat(parts) for key, parts in columns.items()}
-
-    def batches(self, name: str, count: int) -> Iterator[tuple[range, dict[str, Tensor]]]:
-        """The image numbers and the tensors of every batch, read from disk one after the other."""
-        for batch in self._batches(count):
-            path = self._path(name, batch)
-            try:
-                yield batch, load_file(path)
-            except (OSError, SafetensorError) as error:
-                raise RunError(
-                    f"{path} cannot be read ({error}): delete it, and it is computed again"
-                ) from error
-
-    def _batches(self, count: int) -> list[range]:
-        return [
-            range(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)
-        ]
-
-    def _path(self, name: str, batch: range) -> Path:
-        return self.folder / name / f"{batch.start:07d}-{batch.stop:07d}.safetensors"
-
-
-def cache_key(**parts) -> str:
-    """A short hash of everything that a stored result depends on."""
-    return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()[:12]
 
 
 def real_features(

@@ -70,14 +70,8 @@ def kernel_distance(real: Tensor, samples: Tensor) -> tuple[float, float]:
     Returns its mean and standard deviation over 100 subsets of at most 1,000.
     """
     size = min(1000, len(real), len(samples))
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # it keeps all features in memory, where they are already
-        metric = KernelInceptionDistance(_Identity(real.shape[1]), subset_size=size, **ONE_PROCESS)
-    metric.update(real.double(), real=True)
-    metric.update(samples.double(), real=False)
-    return _compute_seeded(metric)
+    updates = ({"imgs": real, "real": True}, {"imgs": samples, "real": False})
+    return _mean_and_deviation(KernelInceptionDistance, real.shape[1], *updates, subset_size=size)
 
 
 def classifier_score(logits: Tensor) -> tuple[float, float]:
@@ -86,15 +80,16 @@ def classifier_score(logits: Tensor) -> tuple[float, float]:
     It is exp of the mean KL divergence between p(class | image) and p(class). Returns mean and standard
     deviation over 10 parts.
     """
+    return _mean_and_deviation(InceptionScore, logits.shape[1], {"imgs": logits})
+
+
+def _mean_and_deviation(kind: type, num_features: int, *updates: dict, **options) -> tuple[float, float]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        metric = InceptionScore(_Identity(logits.shape[1]), **ONE_PROCESS)
-    metric.update(logits.double())
-    return _compute_seeded(metric)
-
-
-def _compute_seeded(metric) -> tuple[float, float]:
-    with torch.random.fork_rng(devices=[]):  # both metrics take subsets by the global generator
+        warnings.simplefilter("ignore", UserWarning)  # that it keeps all features in memory
+        metric = kind(_Identity(num_features), **options, **ONE_PROCESS)
+    for update in updates:
+        metric.update(**update | {"imgs": update["imgs"].double()})
+    with torch.random.fork_rng(devices=[]):  # it takes subsets by the global generator
         torch.manual_seed(0)
         mean, deviation = metric.compute()
     return mean.item(), deviation.item()

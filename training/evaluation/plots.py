@@ -17,14 +17,13 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def save_grid(images: torch.Tensor, path: Path, columns: int | None = None, scale: int | None = None) -> None:
-    """Write images as one PNG, row by row, enlarged by whole factors so that single pixels can be seen.
+def save_grid(images: torch.Tensor, path: Path, columns: int | None = None) -> None:
+    """Write images as one PNG, row by row, enlarged by a whole factor to about 800 pixels of width.
 
     Args:
         images: float (N, 1 or 3, H, W) in [-1, 1]; values beyond are clipped.
         path: the PNG; its folder must exist. It is written aside and renamed.
         columns: images per row. Default: about as many as rows.
-        scale: enlargement. Default: the grid becomes about 800 pixels wide.
 
     Raises:
         ValueError: values are not finite.
@@ -33,7 +32,7 @@ def save_grid(images: torch.Tensor, path: Path, columns: int | None = None, scal
         raise ValueError(f"the images for {path} hold values that are not finite")
     count, channels, height, width = images.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
-    scale = scale or max(1, round(800 / (columns * width)))
+    scale = max(1, round(800 / (columns * width)))
     height, width = height * scale, width * scale
     pixels = to_uint8(images.detach().cpu())
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3).permute(0, 2, 3, 1).numpy()

@@ -21,9 +21,7 @@ from ldm_pipeline.loading import LDMPipeline
 from ldm_pipeline.pipeline import num_classes
 from training.data.order import seeded_generator
 from training.evaluation.features import (
-    BatchStore,
     FeatureNetwork,
-    cache_key,
     load_network,
     real_features,
     weights_sha256,
@@ -31,6 +29,7 @@ from training.evaluation.features import (
 )
 from training.evaluation.metrics import Reference, ranking_metric
 from training.evaluation.plots import save_curve, save_grid, to_uint8
+from training.evaluation.store import BatchStore, cache_key
 from training.evaluation.validation import inference
 from training.runtime.accelerator import on_main_process
 from training.runtime.atomic import discard
