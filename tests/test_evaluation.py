@@ -271,9 +271,8 @@ def test_every_kind_of_network(tmp_path, monkeypatch):
     for spec in (str(tmp_path / "mean.pt"), "own_network:build"):
         network = load_network(spec)
         assert torch.allclose(network(images)["features"], expected, atol=1e-6)
-        assert torch.allclose(
-            network(images[:, :1])["features"], expected[:, :1], atol=1e-6
-        )  # grey: three equal
+        grey = network(images[:, :1])["features"]  # three equal channels
+        assert torch.allclose(grey, expected[:, :1], atol=1e-6)
         hashes.add(network.sha256)
     assert len(hashes) == 2
 
@@ -282,21 +281,13 @@ def test_image_models_of_transformers(tmp_path):
     """The features are those of the model's own preprocessing, for images of its own size."""
     import transformers
 
-    small = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
+    small = dict.fromkeys(("num_hidden_layers", "num_attention_heads"), 2)
+    small |= {"hidden_size": 32, "image_size": 28, "patch_size": 14}
     torch.manual_seed(0)
     model = transformers.Dinov2Model(transformers.Dinov2Config(**small)).eval()
     model.save_pretrained(tmp_path)
-    settings = {
-        "image_mean": [0.4, 0.5, 0.6],
-        "image_std": [0.2, 0.3, 0.4],
-        "size": {"height": 28, "width": 28},
-    }
+    settings = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+    settings["size"] = {"height": 28, "width": 28}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     network = load_network(str(tmp_path))
     images = torch.randint(0, 256, (3, 3, 28, 28), dtype=torch.uint8)

@@ -197,7 +197,8 @@ def measure_samples(
     measured = {"figures": run.once(reference.metrics, samples, labels), "protocol": protocol}
     if labels is not None and data.train.labels is not None:
         measured["per_class"] = run.once(reference.by_class, samples["features"], labels, data.id2label)
-        protocol["agreement by"] = "the network's classes" if reference.classifies else "linear discriminant"
+    if labels is not None and reference.agreement_by:
+        protocol["agreement by"] = reference.agreement_by
     results = {"samples": measured}
     number = min(count, len(data.held_out))
     if number >= MIN_SAMPLES:

@@ -183,7 +183,7 @@ class Reference:
         subset = self.real["features"][order[:number]]
         manifold = manifold_metrics(subset, features[:number], self.device)
         metrics |= {metric_name(name, number): value for name, value in manifold.items()}
-        if labels is not None and self.labels is not None:
+        if labels is not None and self.agreement_by:
             agreement = (self._classify(samples) == labels).double().mean().item()
             metrics[metric_name("agreement", count)] = agreement
         return metrics
@@ -199,14 +199,17 @@ class Reference:
         values = {name: FrechetDistance(real)(samples) for name, (real, samples) in groups.items()}
         return {"figure": metric_name(self.names[0], fewest), "values": values}
 
-    @property
-    def classifies(self) -> bool:
-        """Whether the feature network has the dataset's classes."""
-        return "logits" in self.real and self.real["logits"].shape[1] == int(self.labels.max()) + 1
+    @cached_property
+    def agreement_by(self) -> str | None:
+        """The classifier that decides whether samples agree with their classes; None without one."""
+        classes = 0 if self.labels is None else int(self.labels.max()) + 1
+        if classes and "logits" in self.real and self.real["logits"].shape[1] == classes:
+            return "the network's classes"
+        separable = classes and 1 < len(self.labels.unique()) < len(self.labels)
+        return "linear discriminant" if separable else None
 
     def _classify(self, samples: dict[str, Tensor]) -> Tensor:
-        """Classes `(M,)` by the feature network, or else by a linear discriminant of its features."""
-        if self.classifies:
+        if self.agreement_by == "the network's classes":
             return samples["logits"].argmax(1)
         return torch.from_numpy(self._discriminant.predict(samples["features"].numpy()))
 
