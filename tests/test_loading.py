@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderDC, DDIMScheduler
+from safetensors.torch import load_file, save_file
 
 from ldm_pipeline import LDMPipeline
 from ldm_pipeline.loading import load_autoencoder
 from ldm_pipeline.pipeline import SOURCE
-from tests.test_pipeline import NAMES, generators, tiny_pipe
+from tests.test_pipeline import NAMES, generators, tiny_pipe, tiny_vae
 
 ROOT = Path(__file__).parent.parent
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 CALL = """
 picture = pipe(class_labels="dog", guidance_scale=2.0, num_inference_steps=3, output_type="np",
                generator=[torch.Generator().manual_seed(5)]).images
@@ -201,3 +204,58 @@ def test_from_the_cache_of_the_hub(saved, tmp_path):
     )
     finished = run(script, folder, tmp_path, installed=True)
     assert finished.stdout == "org/vae\n", finished.stderr[-4000:]
+
+
+def pictures_equal(pipe, expected):
+    return np.array_equal(draw(pipe), expected)
+
+
+def test_options_of_diffusers_pass_through(saved, tmp_path):
+    folder, expected = saved
+    load, state = LDMPipeline.from_pretrained, torch.get_rng_state()
+    assert pictures_equal(load(folder, device_map="cpu", low_cpu_mem_usage=True), expected)
+    assert pictures_equal(load(folder, device_map="balanced"), expected)
+    half = load(folder, torch_dtype=torch.float16)
+    assert half.unet.dtype == half.vae.dtype == torch.float16
+    mixed = load(folder, dtype={"unet": torch.bfloat16, "default": torch.float32})
+    assert mixed.unet.dtype == torch.bfloat16 and mixed.vae.dtype == torch.float32
+    scheduler = DDIMScheduler()
+    given = load(folder, unet=mixed.unet, scheduler=scheduler, id2label={"0": "fox"})
+    assert given.unet is mixed.unet and given.scheduler is scheduler and given.config.id2label == {"0": "fox"}
+    # A variant that one component alone has.
+    shutil.copytree(folder, tmp_path / "model")
+    other = tiny_pipe().unet
+    with torch.no_grad():
+        other.conv_in.bias += 1
+    other.save_pretrained(tmp_path / "model" / "unet", variant="raw")
+    assert pictures_equal(load(tmp_path / "model"), expected)
+    raw = load(tmp_path / "model", variant="raw")
+    assert torch.equal(raw.unet.conv_in.bias, other.conv_in.bias)
+    with pytest.raises(ValueError, match="variant=raw"):
+        load(folder, variant="raw")
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_shards_and_autoencoders_of_old_give_the_same_weights(saved, tmp_path):
+    wanted = load_autoencoder(saved[0] / "vae").state_dict()
+    old, shards = tmp_path / "old", tmp_path / "shards"
+    shutil.copytree(saved[0] / "vae", old)
+    weights = load_file(old / WEIGHTS)
+    for key in [key for key in weights if ".attentions." in key]:
+        former = key
+        for new, name in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+            former = former.replace(new, name)
+        weights[former] = weights.pop(key)
+    assert any("query" in key for key in weights)
+    save_file(weights, old / WEIGHTS, {"format": "pt"})
+    load_autoencoder(saved[0] / "vae").save_pretrained(shards, max_shard_size="5KB")
+    assert len(list(shards.glob("*.safetensors"))) > 1
+    for path in (old, shards):
+        found = load_autoencoder(path).state_dict()
+        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    index = json.loads((shards / f"{WEIGHTS}.index.json").read_text())
+    (shards / index["weight_map"]["encoder.conv_in.weight"]).unlink()
+    with pytest.raises(OSError, match="00001-of"):
+        load_autoencoder(shards)
+    tiny_vae(AutoencoderDC).save_pretrained(tmp_path / "dc")
+    assert isinstance(load_autoencoder(tmp_path / "dc"), AutoencoderDC)
