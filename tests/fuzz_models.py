@@ -53,10 +53,10 @@ def damages_of_weights(folder: Path, part: str, chance: random.Random):
         )
     witness = folder.parent / "harm"
     yield "a pickle beside", lambda copy: set_trap(copy / part / PICKLE, witness)
-    for name in (PICKLE, WEIGHTS):
+    for bait in (PICKLE, WEIGHTS):
         yield (
             "a pickle alone",
-            lambda copy, name=name: ((copy / path).unlink(), set_trap(copy / part / name, witness)),
+            lambda copy, bait=bait: ((copy / path).unlink(), set_trap(copy / part / bait, witness)),
         )
 
 
