@@ -7,20 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderDC,
-    AutoencoderKL,
-    DDPMScheduler,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    ImagePipelineOutput,
-    PNDMScheduler,
-    SchedulerMixin,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
+from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 # Read at import: two dynamically loaded `pipeline.py` share one file name in the modules cache, so that later
@@ -281,10 +271,9 @@ def scheduler_point(scheduler, family: str, i: int, t) -> tuple[float, float]:
 
 
 def step_prediction_type(scheduler, family: str) -> str:
-    """The prediction type to step with: the scheduler's own where it computes with that on its own path.
+    """The prediction type to step with: the scheduler's own where its class computes with that.
 
-    A config that crossed from another class (`X.from_config(pipe.scheduler.config)`) may say what X does not
-    know, such as flow_prediction for DDIM, or contradict its own use_flow_sigmas.
+    After `X.from_config(pipe.scheduler.config)` X may not: DDIM knows no flow_prediction.
     """
     if family == "flow" or family == "solver" and scheduler.config.get("use_flow_sigmas"):
         return "flow_prediction"
@@ -366,9 +355,9 @@ class LDMPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKL | AutoencoderDC,
-        unet: UNet2DModel | UNet2DConditionModel,
-        scheduler: SchedulerMixin,
+        vae: diffusers.AutoencoderKL | diffusers.AutoencoderDC,
+        unet: diffusers.UNet2DModel | diffusers.UNet2DConditionModel,
+        scheduler: diffusers.SchedulerMixin,
         objective: dict | None = None,
         id2label: dict | None = None,
         defaults: dict | None = None,
@@ -475,11 +464,9 @@ class LDMPipeline(DiffusionPipeline):
         """
         scheduler, family = self.scheduler, scheduler_family(self.scheduler, self.objective)
         begin = len(scheduler.timesteps) - len(timesteps)
-        if begin % scheduler.order or begin and isinstance(scheduler, PNDMScheduler):
-            wanted = "0" if isinstance(scheduler, PNDMScheduler) else f"a multiple of {scheduler.order}"
-            raise ValueError(
-                f"{type(scheduler).__name__} cannot start at timesteps[{begin}:]; wanted {wanted}"
-            )
+        # PNDM counts through a fixed list of first steps; solvers of two stages need both of them.
+        if begin and isinstance(scheduler, diffusers.PNDMScheduler) or begin % scheduler.order:
+            raise ValueError(f"{type(scheduler).__name__} cannot start at timesteps[{begin}:]")
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)
         step_kwargs = self._step_kwargs(generator, eta)
@@ -495,8 +482,7 @@ class LDMPipeline(DiffusionPipeline):
             if callback_on_step_end is not None:
                 values = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
                 latents = (callback_on_step_end(self, i, t, values) or {}).get("latents", latents)
-        dtype = self.denoiser.dtype
-        _require_finite(latents, f"latents after {type(scheduler).__name__}", "unet", dtype)
+        _require_finite(latents, f"latents after {type(scheduler).__name__}", "unet", self.denoiser.dtype)
         return latents
 
     @torch.no_grad()
@@ -545,19 +531,11 @@ class LDMPipeline(DiffusionPipeline):
             guidance_scale = 1.0 if class_labels is None else defaults.get("guidance_scale", 1.0)
         batch_size, class_labels = _batch_size(batch_size, class_labels, generator, latents)
         condition = self._condition(class_labels, batch_size, guidance_scale)
-        self._step_kwargs(generator, eta)
         self._set_timesteps(num_inference_steps, timesteps, sigmas)
         try:
-            latents = self.denoise_latents(
-                self._prepare_latents(latents, batch_size, generator),
-                self.scheduler.timesteps,
-                condition,
-                guidance_scale,
-                generator,
-                callback_on_step_end,
-                callback_on_step_end_tensor_inputs,
-                eta,
-            )
+            start = self._prepare_latents(latents, batch_size, generator), self.scheduler.timesteps
+            callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+            latents = self.denoise_latents(*start, condition, guidance_scale, generator, *callback, eta)
             images = latents if output_type == "latent" else self._output(self.decode(latents), output_type)
         finally:
             self.maybe_free_model_hooks()
@@ -623,7 +601,7 @@ class LDMPipeline(DiffusionPipeline):
             )
         if not given and num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={num_inference_steps}; wanted at least 1")
-        if not given and isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        if not given and isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
             # Its own grid ends at 0.001, so that the last evaluation is wasted, and applies `shift` twice
             # (huggingface/diffusers issue 13243).
             given["sigmas"] = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
@@ -704,7 +682,6 @@ def _require_finite(values: torch.Tensor, what: str, component: str, dtype: torc
     bad = (~values.isfinite()).flatten(1).any(1).sum().item()
     if bad:
         raise ValueError(
-            f"{bad} of {len(values)} {what} are not finite (the {component} runs in {dtype}); try "
-            f"pipe.{component}.to(torch.float32) or bfloat16. In float32, the scheduler's config or the "
-            "weights are broken"
+            f"{bad} of {len(values)} {what} are not finite (the {component} runs in {dtype}); try float32 or "
+            "bfloat16. In these, the scheduler's config or the weights are broken"
         )
