@@ -404,9 +404,7 @@ def check_ignored(config: Config, given: set[str], file: bool = True) -> None:
 
 @cache
 def _config_parser() -> Parser:
-    parser = new_parser(
-        Config, "accelerate launch training/train_ldm.py [--config FILE] [--OPTION VALUE] ..."
-    )
+    parser = new_parser(Config, "python training/train_ldm.py [--config FILE] [--OPTION VALUE] ...")
     parser.add_argument("--config", action="config", help="YAML file of the run; later options override it.")
     return parser
 
