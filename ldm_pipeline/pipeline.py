@@ -209,13 +209,13 @@ def latent_shape(denoiser) -> tuple[int, ...]:
 def guided(denoiser, noisy: torch.Tensor, time: float, condition: Condition, scale: float) -> torch.Tensor:
     """The prediction under classifier-free guidance (arXiv:2207.12598), from one doubled batch, float32.
 
-    null + scale * (conditional - null); off at 1. noisy: (N, C, ...); condition: of N images.
+    null + scale * (conditional - null); off at 1. noisy: (N, C, ...), of the network's dtype.
     """
     if scale != 1:
         condition = Condition.null(denoiser, len(noisy), noisy.device).join(condition)
         noisy = torch.cat([noisy, noisy])
     times = torch.full((len(noisy),), time, device=noisy.device)
-    prediction = denoise(denoiser, noisy.to(denoiser.dtype), times, condition).float()
+    prediction = denoise(denoiser, noisy, times, condition).float()
     return prediction if scale == 1 else torch.lerp(*prediction.chunk(2), scale)
 
 
@@ -294,13 +294,15 @@ def _suited(scheduler, family: str):
     """
     suited = {"clip_sample": False, "thresholding": False}
     suited["prediction_type"] = step_prediction_type(scheduler, family)
-    own = {key: scheduler.config.get(key, value) for key, value in suited.items()}
-    changed = [key for key, value in suited.items() if own[key] != value]
-    scheduler.register_to_config(**{key: suited[key] for key in changed})
+    own = {k: scheduler.config[k] for k in suited if scheduler.config.get(k, suited[k]) != suited[k]}
+    if not own:
+        yield
+        return
+    scheduler.register_to_config(**{key: suited[key] for key in own})
     try:
         yield
     finally:
-        scheduler.register_to_config(**{key: own[key] for key in changed})
+        scheduler.register_to_config(**own)
 
 
 def scheduler_prediction(scheduler, objective: Objective, i: int, t, sample, network) -> torch.Tensor:
@@ -469,11 +471,11 @@ class LDMPipeline(DiffusionPipeline):
             raise ValueError(f"{type(scheduler).__name__} cannot start at timesteps[{begin}:]")
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)
-        step_kwargs = self._step_kwargs(generator, eta)
+        step_kwargs, dtype = self._step_kwargs(generator, eta), self.denoiser.dtype
         self._guidance_scale, self._num_timesteps = guidance_scale, len(timesteps)
 
         def network(noisy, time):
-            return guided(self.denoiser, noisy, time, condition, self._guidance_scale)
+            return guided(self.denoiser, noisy.to(dtype), time, condition, self._guidance_scale)
 
         for i, t in enumerate(self.progress_bar(timesteps)):
             with _suited(scheduler, family):
@@ -482,7 +484,7 @@ class LDMPipeline(DiffusionPipeline):
             if callback_on_step_end is not None:
                 values = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
                 latents = (callback_on_step_end(self, i, t, values) or {}).get("latents", latents)
-        _require_finite(latents, f"latents after {type(scheduler).__name__}", "unet", self.denoiser.dtype)
+        _require_finite(latents, f"latents after {type(scheduler).__name__}", "unet", dtype)
         return latents
 
     @torch.no_grad()
