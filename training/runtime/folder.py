@@ -125,7 +125,7 @@ def _first_redone(config: Config) -> int:
 
 
 def read_stored(run: Path) -> dict:
-    """The configuration that a run folder keeps; empty if there is none. ValueError if it is damaged."""
+    """The configuration that a run folder keeps; empty if there is none. RunError if it is damaged."""
     stored = run / "config.yaml"
     if not stored.exists():
         return {}
