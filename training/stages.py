@@ -64,10 +64,11 @@ def run_stage(run: Run, stage: Stage) -> None:
             stage.work(run)
     except torch.OutOfMemoryError as error:
         trained = hasattr(getattr(run.config, stage.name), "gradient_accumulation_steps")
-        accumulate = f"raise --{stage.name}.gradient_accumulation_steps, " if trained else ""
+        # Another batch size would be another training, which a run folder refuses to continue with.
+        advice = "raise --{}.gradient_accumulation_steps" if trained else "lower --{}.batch_size"
         raise RunError(
-            f"out of memory in stage {stage.name} ({error}): {accumulate}lower --{stage.name}.batch_size, or "
-            f"set --latents.resident disk\n{continuation(run, stage)}"
+            f"out of memory in stage {stage.name} ({error}): {advice.format(stage.name)}, or set "
+            f"--latents.resident disk\n{continuation(run, stage)}"
         ) from error
     except RunError as error:
         raise RunError(f"{error}\nStage {stage.name} has stopped; {continuation(run, stage)}") from error
