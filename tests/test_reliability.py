@@ -295,7 +295,7 @@ def test_an_error_of_one_process_ends_all_with_its_message(tmp_path):
     begun = time.monotonic()
     ended = launch(script, *options, "--autoencoder.max_steps=500", processes=2, check=False)
     assert ended.returncode != 0 and time.monotonic() - begun < 60
-    assert re.search(r"\[process [01]\] error: .*\d\d\.png", ended.stderr), ended.stderr
+    assert re.search(r"\[rank [01]\] error: .*\d\d\.png", ended.stderr), ended.stderr
     assert re.search(r"last good state is .*checkpoint-\d+", ended.stderr)
 
 
