@@ -83,12 +83,11 @@ def test_metrics_come_with_their_protocol(straight):
 
 def test_two_processes_generate_the_samples_of_one(straight, tiny_run, tmp_path):
     results, _ = evaluate(tiny_run / "pipeline", tmp_path, "--evaluation.save_samples", "npz", processes=2)
-    assert (
-        results["samples"]["protocol"] == straight[0]["samples"]["protocol"]
-    )  # with the hash of all samples
-    # A process of two has half the threads, and so sums eigenvalues in another order.
+    # With the hash of all samples.
+    assert results["samples"]["protocol"] == straight[0]["samples"]["protocol"]
+    # The features are float32 sums, whose order depends on threads and on how memory is aligned.
     one, two = flat(comparable(straight[0])), flat(comparable(results))
-    assert two == pytest.approx(one, rel=1e-9, abs=1e-9)
+    assert two == pytest.approx(one, rel=1e-6, abs=1e-6)
 
 
 def test_killed_and_restarted_it_measures_the_same(straight, tiny_run, tmp_path):
