@@ -7,6 +7,7 @@ from torch import nn
 from ldm_pipeline import build_unet
 from ldm_pipeline.pipeline import Condition, Objective
 from training.config import DenoiserConfig, objective_of
+from training.data.order import batch_slices
 from training.losses.denoising import (
     DenoisingLoss,
     denoising_errors,
@@ -14,6 +15,7 @@ from training.losses.denoising import (
     sample_timesteps,
     stratified,
 )
+from training.runtime.distributed import seed_dropout, use_global_dropout
 
 TYPES = ("epsilon", "v_prediction", "flow_prediction")
 
@@ -108,3 +110,23 @@ def test_dropped_labels_are_the_null_class_k():
     condition = Condition(class_labels=torch.tensor([0, 5, 9])).drop(dropped, Condition.null(unet, 3))
     assert condition.class_labels.tolist() == [10, 5, 10]
     assert unet.class_embedding.weight.shape[0] == 11
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+def test_dropout_masks_depend_on_seed_step_layer_and_row_alone(parts):
+    """Whatever process or accumulation part computes a row of the global batch; blocks end inside parts."""
+    network = nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5), nn.Dropout(0))
+    dropouts = use_global_dropout(network)
+    values = torch.ones(40, 3, 8, 8)
+
+    def dropped(step, rows, layer=0, seed=0):
+        seed_dropout(dropouts, seed, step, rows)
+        return dropouts[layer](values[rows])
+
+    whole = dropped(1, slice(0, 40))
+    assert torch.equal(whole, torch.cat([dropped(1, rows) for rows in batch_slices(40, 0, 1, parts)]))
+    assert whole.unique().tolist() == [0, 2] and 0.9 < whole.mean() < 1.1
+    others = [dropped(2, slice(0, 40)), dropped(1, slice(0, 40), layer=1), dropped(1, slice(0, 40), seed=1)]
+    assert not any(torch.equal(whole, other) for other in others)
+    assert not torch.equal(whole[:16], whole[16:32])
+    assert torch.equal(network.eval()(values), values) and len(dropouts) == 2

@@ -22,7 +22,7 @@ from training.losses.denoising import DenoisingLoss, sample_timesteps, stratifie
 from training.networks import new_denoiser
 from training.runtime.atomic import read_json, replacing
 from training.runtime.checkpoints import Checkpoints
-from training.runtime.distributed import draw_dropout, prepare, use_global_dropout, whole
+from training.runtime.distributed import prepare, seed_dropout, use_global_dropout, whole
 from training.runtime.ema import EMA
 from training.runtime.log import RunLog
 from training.runtime.optimization import build_optimizer, gradient_sync, nan_if_nonfinite, optimizer_step
@@ -100,11 +100,10 @@ def train_denoiser(run: Run) -> None:
         # Learning rate, and all that is random.
         optimizer.param_groups[0]["lr"] = config.learning_rate_at(step)
         batch = random_batch(run, latents, step)
-        dropout_seed = seeded_generator("cpu", seed, "dropout", step).initial_seed()
 
         # Gradients, part by part.
         for rows in slices:
-            draw_dropout(dropouts, dropout_seed, batch_size, rows, device)
+            seed_dropout(dropouts, seed, step, rows)
             indices, flips, noise = (batch[name][rows] for name in ("indices", "flips", "posterior_noise"))
             clean = log.wait(latents.batch, indices, flips, noise)
             condition = training_condition(latents, unet, indices, batch["dropped"][rows])

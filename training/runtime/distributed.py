@@ -1,5 +1,4 @@
-"""Networks on several processes: sharded parameters (FSDP2, arXiv:2304.11277), and dropout that does not
-depend on the number of processes."""
+"""Networks on several processes: sharded parameters (FSDP2, arXiv:2304.11277), and global dropout masks."""
 
 import torch
 from accelerate import Accelerator
@@ -10,17 +9,20 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.config import RunError
+from training.data.order import seeded_generator
+
+BLOCK = 16  # rows of the global batch whose dropout masks share a seed
 
 
 def prepare(
     accelerator: Accelerator, trained: nn.Module, network: nn.Module, optimizer: torch.optim.Optimizer
 ) -> nn.Module:
-    """What to call in training: `trained`, wrapped for several processes as Accelerate is configured.
+    """Wrap `trained` for several processes, as Accelerate is configured; the loop calls the result.
 
     Args:
         trained: `network` with its loss.
-        network: what is also called by itself, to sample; a Diffusers U-Net.
-        optimizer: that of `trained`; it follows the parameters to their shards.
+        network: the denoiser, which is also called by itself, to sample.
+        optimizer: of `trained`; under FSDP it follows the parameters to their shards.
 
     Raises:
         RunError: for FSDP of version 1, which cannot shard the network in place.
@@ -41,21 +43,21 @@ def prepare(
 
 
 def reshard(network: nn.Module) -> None:
-    """Make the parameters of a sharded network the shards again, which a forward pass alone leaves whole."""
+    """Free the gathered parameters of a sharded network, which a forward pass without a backward keeps."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def whole(value: Tensor) -> Tensor:
-    """A tensor, collected from its shards if it has any; then every process must call this."""
+    """A detached tensor, gathered from its shards if it is sharded; then every process calls this."""
     value = value.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 @torch.no_grad()
 def fill(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into `target`, or this process's part of it. RuntimeError if the shapes differ."""
+    """Copy a whole tensor into `target`, which may be a shard of it. RuntimeError if the shapes differ."""
     if target.shape != value.shape:
         raise RuntimeError(f"shape {tuple(value.shape)}, wanted {tuple(target.shape)}")
     if isinstance(target, DTensor):
@@ -64,25 +66,32 @@ def fill(target: Tensor, value: Tensor) -> None:
 
 
 class GlobalDropout(nn.Dropout):
-    """Dropout whose mask is the own rows of one that is drawn for the global batch.
+    """Dropout whose mask depends on an image's row in the global batch, not on the process that computes it.
 
-    All processes and accumulation parts draw the same mask, if they start from the same seed, and apply
-    different rows of it: so N processes drop what one would.
+    Every block of `BLOCK` rows has a seed of its own. A process draws the blocks that its rows lie in. So N
+    processes and any number of accumulation parts drop what one process would, and a part needs the memory of
+    its own rows only.
     """
 
-    rows: Tensor
-    batch_size: int
+    key: tuple[int | str, ...]
+    rows: slice
 
     def forward(self, values: Tensor) -> Tensor:
-        """`values` (N, ...), the rows `self.rows` (N,) of a global batch of `self.batch_size`."""
-        if not self.training or not self.p:
-            return values
-        kept = torch.empty(self.batch_size, *values.shape[1:], dtype=values.dtype, device=values.device)
-        return values * kept.bernoulli_(1 - self.p)[self.rows] / (1 - self.p)
+        """`values` (N, ...) of the rows `self.rows` of the global batch; unchanged outside training."""
+        return self._drop(values) if self.training and self.p else values
+
+    @torch.compiler.disable  # Dynamo does not trace generators
+    def _drop(self, values: Tensor) -> Tensor:
+        blocks = range(self.rows.start // BLOCK, -(-self.rows.stop // BLOCK))
+        kept = values.new_empty(len(blocks) * BLOCK, *values.shape[1:])
+        for block, mask in zip(blocks, kept.split(BLOCK), strict=True):
+            mask.bernoulli_(1 - self.p, generator=seeded_generator(values.device, *self.key, block))
+        first = self.rows.start - blocks.start * BLOCK
+        return values * kept[first : first + len(values)] / (1 - self.p)
 
 
 def use_global_dropout(network: nn.Module) -> list[GlobalDropout]:
-    """Replace every dropout of a network by a global one; returns those that drop anything."""
+    """Replace every dropout of a network by a global one; returns those whose probability is above 0."""
     replaced = []
     for parent in list(network.modules()):
         for name, child in parent.named_children():
@@ -92,10 +101,7 @@ def use_global_dropout(network: nn.Module) -> list[GlobalDropout]:
     return replaced
 
 
-def draw_dropout(
-    dropouts: list[GlobalDropout], seed: int, batch_size: int, rows: slice, device: torch.device
-):
-    """Have the next forward pass of `rows` of the global batch drop what `seed` says."""
-    torch.manual_seed(seed)
-    for dropout in dropouts:
-        dropout.batch_size, dropout.rows = batch_size, torch.arange(rows.start, rows.stop, device=device)
+def seed_dropout(dropouts: list[GlobalDropout], seed: int, step: int, rows: slice) -> None:
+    """Set the masks of the next forward pass: those of `rows` of the global batch of `step`."""
+    for layer, dropout in enumerate(dropouts):
+        dropout.key, dropout.rows = (seed, "dropout", step, layer), rows
