@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
@@ -43,7 +44,6 @@ class Child:
         options: Its command line; all become strings.
         prepare: Called in the child before the script. It is pickled: `partial(exec, "code", {})` works.
         env: The whole environment, by default `environment()`. Libraries have read theirs already.
-        core: The one core that the child may use, by default those that the server got from this process.
         own_group: Whether the child leads a process group, as the foreground job of a terminal does.
     """
 
@@ -54,13 +54,12 @@ class Child:
         prepare: Callable[[], object] | None = None,
         cwd: Path | None = None,
         env: dict[str, str] | None = None,
-        core: int | None = None,
         own_group: bool = False,
     ):
         self.args = [str(ROOT / "training" / script), *map(str, options)]
         self._files = [tempfile.NamedTemporaryFile() for _ in ("stdout", "stderr")]
         outputs = [file.name for file in self._files]
-        settings = (outputs, cwd or Path.cwd(), env or environment(), core, own_group)
+        settings = (outputs, cwd or Path.cwd(), env or environment(), own_group)
         _start_server()
         self._process = CONTEXT.Process(target=_run, args=(self.args, settings, prepare))
         self._process.start()
@@ -95,7 +94,8 @@ class Child:
             time.sleep(0.005)
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        with suppress(ProcessLookupError):  # it has ended
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         self._process.kill()
@@ -120,7 +120,7 @@ def _start_server() -> None:
 
 def _run(arguments: list[str], settings: tuple, prepare: Callable | None) -> None:
     """What the forked process does: becomes the script."""
-    outputs, cwd, env, core, own_group = settings
+    outputs, cwd, env, own_group = settings
     for number, path in enumerate(outputs, start=1):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
@@ -130,10 +130,9 @@ def _run(arguments: list[str], settings: tuple, prepare: Callable | None) -> Non
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    if core is not None:
-        os.sched_setaffinity(0, {core})
     sys.argv = arguments
     sys.path.insert(0, os.path.dirname(arguments[0]))
+    multiprocessing.set_start_method(None, force=True)  # for its own children the platform's, as usual
     if prepare:
         prepare()
     code = None
