@@ -18,6 +18,10 @@ from training.config import DataConfig, RunError
 from training.data.images import ImageData, ImageDataset, load_images, transform
 from training.data.scan import Scan, _Inspection, scan
 
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{text}")  # Pillow's, about the damage
+    for text in ("Image size", "Corrupt EXIF", "Truncated File", "Tag data", "Metadata Warning")
+]
 GOOD = [content for _, content in good_images(np.random.default_rng(0))]
 
 

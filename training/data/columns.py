@@ -61,8 +61,7 @@ def _choose(
 
 
 def _listing(features: Features) -> str:
-    kinds = {name: getattr(feature, "_type", "struct") for name, feature in features.items()}
-    kinds |= {name: feature.dtype for name, feature in features.items() if isinstance(feature, Value)}
+    kinds = {name: f.dtype if isinstance(f, Value) else type(f).__name__ for name, f in features.items()}
     return ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
 
 

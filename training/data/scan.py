@@ -107,7 +107,7 @@ def scan(
     for key, split in (("train", data.train), ("held_out", data.held_out)):
         indices = range(len(split))
         if extent == "sample" and len(split) > SAMPLE_SIZE:
-            indices = torch.linspace(0, len(split) - 1, SAMPLE_SIZE).round().int().tolist()  # evenly spread
+            indices = [number * (len(split) - 1) // (SAMPLE_SIZE - 1) for number in range(SAMPLE_SIZE)]
         sampled += len(indices)
         results = _inspect(split, indices, num_workers, worker_init_fn)
         bad = {index: reason for index, reason in results.items() if isinstance(reason, str)}

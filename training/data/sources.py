@@ -104,10 +104,8 @@ def _load_from_hub(config: DataConfig) -> tuple[dict[str, Dataset], Any]:
         try:
             builder = Cache(**names, config_name=config.subset, hash="auto", version="auto")
         except ValueError as missing:
-            reason = (
-                f"the Hub does not give it ({type(error).__name__}: {error}), and there is no cached copy"
-            )
-            raise _refusal(config, f"it is no local path, {reason} ({missing})") from error
+            reason = f"it is no local path, and the Hub does not give it ({type(error).__name__}: {error})"
+            raise _refusal(config, f"{reason}, nor is there a cached copy ({missing})") from error
     else:
         builder = _read(config, datasets.load_dataset_builder, config.dataset, config.subset)
     splits = _prepare(builder, config)
@@ -207,9 +205,11 @@ def _files(root: Path, config: DataConfig) -> list[str]:
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
-    if not path.exists():  # a link that leads nowhere: the scan reports it if it should be an image
+    try:
+        found = path.stat()
+    except OSError:  # a link that leads nowhere: the scan reports it if it should be an image
         return -1, -1
-    return path.stat().st_size, path.stat().st_mtime_ns
+    return found.st_size, found.st_mtime_ns
 
 
 def split_names(splits: dict[str, Dataset], config: DataConfig) -> tuple[str, str | None]:
