@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import get_type_hints
 
@@ -115,8 +116,8 @@ def load_strictly(kind: type, folder: Path, **options):
         raise FileNotFoundError(f"{folder} is missing")
     for path in folder.glob(f"{WEIGHTS}*.index*.json"):  # Diffusers would read other suffixes as pickles
         shards = read_json(path).get("weight_map", {}).values()
-        if bad := sorted({str(name) for name in shards if not str(name).endswith(".safetensors")}):
-            raise ValueError(f"{path}: {bad[:3]} are no names of safetensors files")
+        if bad := sorted({str(n) for n in shards if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(n))}):
+            raise ValueError(f"{path}: {bad[:3]} are no names of safetensors files in its folder")
     level = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity(logging.CRITICAL)  # what it would warn of is an error here
     try:
