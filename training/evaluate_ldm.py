@@ -114,12 +114,9 @@ def open_pipeline(run: Run) -> LDMPipeline:
         try:
             pipeline = LDMPipeline.from_pretrained(source).to(run.device)
         except (OSError, ValueError) as error:
-            if given:
-                raise RunError(f"--evaluation.pipeline {given} cannot be loaded: {error}") from error
-            raise RunError(
-                f"{own} cannot be loaded: {error}\nDelete it, and training/train_ldm.py writes it again from "
-                "the last checkpoint"
-            ) from error
+            advice = "Delete it, and training/train_ldm.py writes it again from the last checkpoint"
+            what, advice = (f"--evaluation.pipeline {given}", "") if given else (own, f"\n{advice}")
+            raise RunError(f"{what} cannot be loaded: {error}{advice}") from error
     classes, names = num_classes(pipeline.denoiser), run.data.id2label
     if classes and names and classes != len(names):
         raise RunError(

@@ -41,12 +41,11 @@ def memorization(
 
     shown = [*range(min(ROWS, count)), *distances[:, 0].argsort()[:ROWS].tolist()]
     samples = sampler.sample(settings, shown).cpu().float() / 127.5 - 1
-    rows = []
-    for sample, neighbours in zip(samples, indices[shown].tolist(), strict=True):
-        rows.append(torch.stack([sample, *(images[index, 0]["images"] for index in neighbours)]))
-    half, gap = len(rows) // 2, torch.ones(1, *samples.shape[1:])
-    lines = [torch.cat([left, gap, right]) for left, right in zip(rows[:half], rows[half:], strict=True)]
-    save_grid(torch.cat(lines), grid, columns=2 * NEIGHBOURS + 3)
+    nearest = torch.stack([images[index, 0]["images"] for index in indices[shown].flatten().tolist()])
+    rows = torch.cat([samples[:, None], nearest.unflatten(0, (-1, NEIGHBOURS))], 1)
+    left, right = rows.chunk(2)
+    lines = torch.cat([left, torch.ones_like(left[:, :1]), right], 1)
+    save_grid(lines.flatten(0, 1), grid, columns=2 * NEIGHBOURS + 3)
     return {
         "n": count,
         "train_images": len(images),

@@ -139,10 +139,9 @@ def nearest_neighbours(
 ) -> tuple[Tensor, Tensor]:
     """Distances and indices, both `(N, k)`, of the k nearest of `others` `(M, D)` to `features` `(N, D)`."""
     others = others.double().to(device)
-    nearest = [rows.topk(k, largest=False) for rows in _distances(features.double().to(device), others)]
-    return torch.cat([part.values for part in nearest]).cpu(), torch.cat(
-        [part.indices for part in nearest]
-    ).cpu()
+    rows = _distances(features.double().to(device), others)
+    distances, indices = zip(*(part.topk(k, largest=False) for part in rows), strict=True)
+    return torch.cat(distances).cpu(), torch.cat(indices).cpu()
 
 
 class Reference:

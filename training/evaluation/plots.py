@@ -48,10 +48,10 @@ def save_grid(images: torch.Tensor, path: Path, columns: int | None = None) -> N
 
 def save_curve(values: dict[int, float], name: str, path: Path) -> None:
     """Plot the metric `name` by training step."""
-    figure, axes = _axes("denoiser step", name)
+    axes = _axes("denoiser step", name)
     axes.plot(list(values), list(values.values()), marker="o", color="#1f77b4")
     axes.set_ylim(0, 1.08 * max(values.values()))
-    _save(figure, path)
+    _save(axes, path)
 
 
 def save_sweep(rows: list[dict], name: str, path: Path) -> None:
@@ -63,7 +63,7 @@ def save_sweep(rows: list[dict], name: str, path: Path) -> None:
     """
     from matplotlib.ticker import LogLocator  # here, because it takes a second to import
 
-    figure, axes = _axes("network evaluations per image", name)
+    axes = _axes("network evaluations per image", name)
     schedulers = list(dict.fromkeys(row["scheduler"] for row in rows))
     scales = list(dict.fromkeys(row["guidance_scale"] for row in rows))
     for scheduler in schedulers:
@@ -97,20 +97,19 @@ def save_sweep(rows: list[dict], name: str, path: Path) -> None:
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.legend(fontsize=8, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
-    _save(figure, path)
+    _save(axes, path)
 
 
 def _axes(x: str, y: str):
     from matplotlib.figure import Figure  # needs no display
 
-    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xlabel=x, ylabel=y)
+    axes = Figure(figsize=(7, 4.5), dpi=120, layout="constrained").add_subplot(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return axes
 
 
-def _save(figure, path: Path) -> None:
+def _save(axes, path: Path) -> None:
     buffer = BytesIO()
-    figure.savefig(buffer, format="png")
+    axes.figure.savefig(buffer, format="png")
     write_bytes(path, buffer.getvalue())

@@ -1,7 +1,6 @@
 """How metrics were measured, and the report that is printed at the end of a run."""
 
 import platform
-import re
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ldm_pipeline.loading import LDMPipeline
+from ldm_pipeline.model_card import metric
 from training.evaluation.features import FeatureNetwork
 from training.runtime.accelerator import cpu_capabilities
 from training.runtime.run import Run
@@ -80,11 +80,11 @@ def report(results: dict) -> str:
     if "samples" not in results:
         return "\n".join(lines)
     protocol, real = results["samples"]["protocol"], results.get("real", {"n": 0, "figures": {}})
-    beside = {_stem(name): value for name, value in _shown(real["figures"]).items()}
+    beside = {metric(name): value for name, value in _shown(real["figures"]).items()}
     heads = f"{protocol['n']:,} samples", f"{real['n']:,} held-out images" if beside else ""
     lines.append(f"{'metrics of':<24}{heads[0]:<20}{heads[1]}".rstrip())
     for name, value in _shown(results["samples"]["figures"]).items():
-        lines.append(f"  {name:<22}{value:<20}{beside.get(_stem(name), '')}".rstrip())
+        lines.append(f"  {name:<22}{value:<20}{beside.get(metric(name), '')}".rstrip())
     if copies := results.get("memorisation"):
         lines.append(
             f"nearer to a training image than all but {copies['quantile']:.0%} of held-out images: "
@@ -106,8 +106,3 @@ def _shown(metrics: dict) -> dict[str, str]:
         for name, value in metrics.items()
         if isinstance(value, float) and not name.endswith(" deviation")
     }
-
-
-def _stem(name: str) -> str:
-    """A metric's name without the number of samples."""
-    return re.sub(r"-[\d.]+k?$", "", name)

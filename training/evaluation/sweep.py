@@ -78,9 +78,7 @@ def _write_tables(folder: Path, rows: list[dict], name: str, protocol: dict) -> 
     folder.mkdir(exist_ok=True)
     flat = [{key: value for key, value in row.items() if key != "figures"} | row["figures"] for row in rows]
     text = io.StringIO()
-    writer = csv.DictWriter(text, flat[0])
-    writer.writeheader()
-    writer.writerows(flat)
+    csv.writer(text).writerows([flat[0], *(row.values() for row in flat)])
     write_bytes(folder / "table.csv", text.getvalue().encode())
     lines = ["| " + " | ".join(flat[0]) + " |", "|" + "---|" * len(flat[0])]
     for row in sorted(flat, key=lambda row: row[name]):
