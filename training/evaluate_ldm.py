@@ -153,10 +153,11 @@ def measure_reconstruction(
 
     def compute(batches: list[range]) -> Iterator[dict]:
         loader = DataLoader(images, batch_sampler=[[(index, 0) for index in batch] for batch in batches])
-        with inference(autoencoder), run.accelerator.autocast():
-            for batch in loader:
+        for batch in loader:
+            with inference(autoencoder), run.accelerator.autocast():
                 latents = encode(autoencoder, batch["images"].to(run.device))[0]
-                yield network(to_uint8(autoencoder.decode(latents).sample))
+                reconstructions = autoencoder.decode(latents).sample
+            yield network(to_uint8(reconstructions))  # in float32, like the features of the originals
 
     network.to(run.device)
     key = cache_key(weights=weights_sha256(autoencoder), data=data.fingerprint, network=network.sha256)
