@@ -8,6 +8,7 @@ import sys
 import pytest
 import yaml
 from conftest import TINY, launch
+from PIL import Image
 
 from ldm_pipeline.models import build_autoencoder
 from training import stages
@@ -79,6 +80,17 @@ def test_a_pretrained_autoencoder_is_needed_once(tmp_path):
     shutil.rmtree(tmp_path / "vae")
     assert "autoencoder stands" in launch("train_autoencoder.py", *options).stdout
     launch("encode_latents.py", *options)
+
+
+def test_unreadable_images_are_named_and_left_out(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(40):
+        Image.new("L", (16, 16), number).save(images / f"{number:02d}.png")
+    (images / "broken.png").write_bytes(b"no picture")
+    options = ("--data.dataset", images, "--output_dir", tmp_path / "run", "--autoencoder.max_steps", "6")
+    run = launch("train_autoencoder.py", *options)  # more than an epoch
+    assert "1 images cannot be read" in run.stdout and "broken.png: ValueError" in run.stdout
 
 
 def test_a_typo_is_answered_before_torch_is_imported(tmp_path):

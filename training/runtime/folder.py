@@ -158,6 +158,8 @@ def _differences(old: dict, new: dict, defaults: dict | None = None, prefix: str
     """The options that differ, with both values. An option that `old` does not know had its default."""
     defaults = _remembered(Config()) if defaults is None else defaults
     for key in new if old else ():
+        if key not in old and _resume_rule(prefix + key) == "free":
+            continue  # it came with a later version, such as the number of threads that a run now chooses
         a, b = old.get(key, defaults[key]), new[key]
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _differences(a, b, defaults[key], f"{prefix}{key}.")
