@@ -170,7 +170,8 @@ class Campaign:
             known.add(tuple(json.loads(report.read_text())))
             self.counts["accidents"] += 1
             full_disk = code == 2 and "cannot be written" in child.stderr and "Traceback" not in child.stderr
-            self.expect(full_disk if accident is fill_disk else code == -signal.SIGKILL, child)
+            self.counts["disk full"] += full_disk
+            self.expect(full_disk or code == -signal.SIGKILL, child)
         self.expect(code == 0, child)
         self.compare()
         return self

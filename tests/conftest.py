@@ -46,16 +46,13 @@ def launch(script: str | Path, *options, processes: int = 0, config: Path = TINY
     return finished
 
 
-def command(script: str | Path, *options, processes: int = 0, config: Path = TINY) -> list[str]:
-    """The command line of a training script, under `accelerate launch` if a number of processes is given."""
+def command(script: str | Path, *options, processes: int, config: Path = TINY) -> list[str]:
+    """The command line of a training script on `processes` under `accelerate launch`."""
     # `accelerate launch --cpu` would start one process, whatever --num_processes says.
     several = ("--multi_gpu", "--main_process_port", "0") if processes > 1 else ("--cpu",)
-    launcher = [
-        *("-m", "accelerate.commands.launch", *several, "--num_machines", "1"),
-        *("--mixed_precision", "no", "--num_processes", str(processes), "--dynamo_backend", "no"),
-    ]
     return [
-        *(sys.executable, *(launcher if processes else [])),
+        *(sys.executable, "-m", "accelerate.commands.launch", *several, "--num_machines", "1"),
+        *("--mixed_precision", "no", "--num_processes", str(processes), "--dynamo_backend", "no"),
         *(str(ROOT / "training" / script), "--config", str(config), *map(str, options)),
     ]
 

@@ -10,7 +10,6 @@ import os
 import runpy
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -57,9 +56,10 @@ class Child:
         own_group: bool = False,
     ):
         self.args = [str(ROOT / "training" / script), *map(str, options)]
-        self._files = [tempfile.NamedTemporaryFile() for _ in ("stdout", "stderr")]
-        outputs = [file.name for file in self._files]
-        settings = (outputs, cwd or Path.cwd(), env or environment(), own_group)
+        pipes = [CONTEXT.Pipe(duplex=False) for _ in ("stdout", "stderr")]
+        self._readers = [reader for reader, _ in pipes]
+        self._printed = [b"", b""]
+        settings = ([writer for _, writer in pipes], cwd or Path.cwd(), env or environment(), own_group)
         _start_server()
         self._process = CONTEXT.Process(target=_run, args=(self.args, settings, prepare))
         self._process.start()
@@ -67,44 +67,48 @@ class Child:
 
     @property
     def stdout(self) -> str:
-        return Path(self._files[0].name).read_text(errors="replace")
+        return self._read(0)
 
     @property
     def stderr(self) -> str:
-        return Path(self._files[1].name).read_text(errors="replace")
+        return self._read(1)
+
+    def _read(self, number: int) -> str:
+        reader = self._readers[number]
+        while reader.poll() and (part := os.read(reader.fileno(), 1 << 16)):
+            self._printed[number] += part
+        return self._printed[number].decode(errors="replace")
 
     @property
     def returncode(self) -> int | None:
         return self._process.exitcode
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        return self.returncode
 
     def wait(self, timeout: float = 300) -> int:
-        self._process.join(timeout)
-        if self.returncode is None:
-            raise subprocess.TimeoutExpired(self.args, timeout, self.stdout, self.stderr)
+        self.wait_until(lambda: self._process.join(0.005) or self.returncode is not None, timeout)
         return self.returncode
 
     def wait_until(self, condition: Callable[[], object], timeout: float = 120) -> None:
         """Wait until something is true that a running child brings about."""
         deadline = time.monotonic() + timeout
         while not condition():
-            assert self.poll() is None and time.monotonic() < deadline, self.stdout + self.stderr
+            printed = self.stdout + self.stderr  # a full pipe would stop it
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout, printed)
+            assert self.returncode is None or condition(), printed
             time.sleep(0.005)
 
     def send_signal(self, number: int) -> None:
         with suppress(ProcessLookupError):  # it has ended
             os.kill(self.pid, number)
 
-    def kill(self) -> None:
-        self._process.kill()
-
     def __enter__(self) -> "Child":
         return self
 
     def __exit__(self, *error) -> None:
-        self.kill()
+        self._process.kill()
         self._process.join()
 
 
@@ -120,11 +124,10 @@ def _start_server() -> None:
 
 def _run(arguments: list[str], settings: tuple, prepare: Callable | None) -> None:
     """What the forked process does: becomes the script."""
-    outputs, cwd, env, own_group = settings
-    for number, path in enumerate(outputs, start=1):
-        file = os.open(path, os.O_WRONLY | os.O_APPEND)
-        os.dup2(file, number)
-        os.close(file)
+    writers, cwd, env, own_group = settings
+    for number, writer in enumerate(writers, start=1):
+        os.dup2(writer.fileno(), number)
+        writer.close()
     if own_group:
         os.setpgid(0, 0)
     os.environ.clear()
@@ -140,9 +143,8 @@ def _run(arguments: list[str], settings: tuple, prepare: Callable | None) -> Non
         runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as error:
         code = error.code
-    sys.exit(
-        code
-    )  # without the frames of the script, which may hold processes that multiprocessing waits for
+    # Outside of the handler, whose frames may hold processes that multiprocessing would wait for.
+    sys.exit(code)
 
 
 @atexit.register

@@ -3,21 +3,24 @@
 import sys
 
 import pytest
-from chaos import Campaign, kill_and_tear
+from chaos import Campaign, fill_disk, kill_and_tear
 
-TORN = {
-    ("autoencoder/checkpoint-8", "written"),
-    ("latents/manifest.json", "done"),
-    ("metrics.jsonl", "begun"),
-    ("denoiser/checkpoint-8", "done"),
+CHOSEN = {
+    ("autoencoder/checkpoint-8", "written", 0),
+    ("latents/manifest.json", "done", 0),
+    ("metrics.jsonl", "begun", 9),
+    ("denoiser/checkpoint-8", "begun", 0),
+    ("denoiser/checkpoint-12", "done", 0),
 }
 
 
-def chosen(write) -> bool:
-    return write[:2] in TORN and write[2] in (0, 9)
+def strike(moment, path):
+    (fill_disk if path.name == "checkpoint-8" and moment == "begun" else kill_and_tear)(moment, path)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="forks, and binds processes to cores")
-def test_a_run_that_is_killed_in_its_writes_loses_nothing(tiny_run, tmp_path):
-    campaign = Campaign(tmp_path, tiny_run, ("--trackers", "[tensorboard]")).in_writes(kill_and_tear, chosen)
-    assert campaign.lost == [] and campaign.counts == {"accidents": 5, "runs": 1}
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_run_that_is_killed_and_finds_no_room_loses_nothing(tiny_run, tmp_path):
+    campaign = Campaign(tmp_path, tiny_run, ("--trackers", "[tensorboard]")).in_writes(
+        strike, CHOSEN.__contains__
+    )
+    assert campaign.lost == [] and campaign.counts == {"accidents": 5, "disk full": 1, "runs": 1}
