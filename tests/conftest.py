@@ -8,18 +8,20 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-
-# One core and one thread for each worker of xdist and its children: two with two threads wait for each other.
-# Before torch is imported, which looks at it once.
-if hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
-    os.sched_setaffinity(0, {cores[worker % len(cores)]})
-os.environ.pop("OMP_NUM_THREADS", None)
-
-from fork_server import ROOT, Child, environment  # noqa: E402
+from fork_server import ROOT, Child, environment
 
 TINY = ROOT / "training" / "configs" / "tiny.yaml"
+
+
+def pytest_configure(config):
+    """One core and one thread for each worker and its children: two of two threads wait for each other.
+
+    Before torch is imported, as it counts the usable cores. Not in the controller: workers inherit its cores.
+    """
+    os.environ.pop("OMP_NUM_THREADS", None)
+    if not config.getoption("numprocesses", None) and hasattr(os, "sched_setaffinity"):
+        cores, worker = sorted(os.sched_getaffinity(0)), os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+        os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
 
 
 def start(script: str | Path, *options, config: Path = TINY, **more) -> Child:
