@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -51,17 +52,18 @@ def test_the_printed_lines_draw_a_picture(tiny_run, tmp_path):
     assert Image.open(tmp_path / "picture.png").size == (16, 16)
 
 
-def test_finished_stages_are_skipped_and_can_be_redone(tiny_run):
-    before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.safetensors")}
-    again = launch("train_ldm.py", "--output_dir", tiny_run).stdout
+def test_finished_stages_are_skipped_and_can_be_redone(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")  # the fixture stays as it is
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    again = launch("train_ldm.py", "--output_dir", run).stdout
     assert again.count("stands") == 4
-    assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.safetensors")} == before
-    metrics = json.loads((tiny_run / "metrics.json").read_text())
-    redo = ("--output_dir", tiny_run, "--redo", "[evaluation]")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
+    metrics = json.loads((run / "metrics.json").read_text())
+    redo = ("--output_dir", run, "--redo", "[evaluation]")
     refused = launch("evaluate_ldm.py", *redo, "--denoiser.norm_groups", "7", check=False)
-    assert refused.returncode != 0 and (tiny_run / "metrics.json").exists()  # nothing is dropped unchecked
+    assert refused.returncode != 0 and (run / "metrics.json").exists()  # nothing is dropped unchecked
     assert "stands" not in launch("evaluate_ldm.py", *redo).stdout
-    again = json.loads((tiny_run / "metrics.json").read_text())
+    again = json.loads((run / "metrics.json").read_text())
     assert again["samples"] == metrics["samples"]
 
 
