@@ -16,6 +16,7 @@ from ldm_pipeline import pipeline
 from ldm_pipeline.pipeline import check_weights, denormalize_latents, forget_local_path
 
 WEIGHTS = "diffusion_pytorch_model"
+AUTOENCODERS = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderDC)}
 # Options of Diffusers' `from_pretrained` of a pipeline that its networks take as they are.
 NETWORK_OPTIONS = ("low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict", "disable_mmap")
 
@@ -141,10 +142,9 @@ def load_autoencoder(source: str | Path) -> AutoencoderKL | AutoencoderDC:
     names = ["config.json", f"{WEIGHTS}.safetensors*", f"{WEIGHTS}-*.safetensors"]
     folder = _folder(str(source), lambda: snapshot_download(str(source), allow_patterns=names))
     kind = read_json(folder / "config.json").get("_class_name")
-    classes = {c.__name__: c for c in (AutoencoderKL, AutoencoderDC)}
-    if str(kind) not in classes:
-        raise ValueError(f"{source} holds a {kind}: want {' or '.join(classes)}")
-    autoencoder = load_strictly(classes[kind], folder)
+    if str(kind) not in AUTOENCODERS:
+        raise ValueError(f"{source} holds a {kind}: want {' or '.join(AUTOENCODERS)}")
+    autoencoder = load_strictly(AUTOENCODERS[kind], folder)
     check_weights(autoencoder, str(source))
     autoencoder.register_to_config(_name_or_path=str(source))
     forget_local_path(autoencoder)

@@ -18,7 +18,7 @@ SWEEP_ROWS = 12
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What is known of a model's training and evaluation. Every part may be empty.
+    """Facts about a model's training and evaluation. Every part may be empty.
 
     Attributes:
         config: the configuration, published as training_config.yaml.

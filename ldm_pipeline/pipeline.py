@@ -22,7 +22,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
 
 # -------------------------------------------------------------------------------------------------- objective
 class Objective:
-    """What a network predicts, and its path: noisy = alpha * clean + sigma * noise at the network's times.
+    """A network's prediction, and its path: noisy = alpha * clean + sigma * noise at the network's times.
 
     Flow (arXiv:2209.03003): any time t in [0, 1000], alpha = 1 - t/1000, sigma = t/1000. Variance preserving
     (arXiv:2006.11239): whole times in [0, num_train_timesteps), alpha = sqrt(alphas_cumprod),
@@ -69,12 +69,12 @@ class Objective:
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
     def target(self, clean: torch.Tensor, noise: torch.Tensor, alpha, sigma) -> torch.Tensor:
-        """What a perfect network predicts; clean, noise: (N, ...); alpha, sigma: (N,) or numbers."""
+        """The prediction of a perfect network; clean, noise: (N, ...); alpha, sigma: (N,) or numbers."""
         return prediction_target(self.prediction_type, clean, noise, alpha, sigma)
 
     def clean_and_noise(self, prediction: torch.Tensor, noisy: torch.Tensor, alpha, sigma) -> tuple:
         """(clean, noise) that a prediction implies; shapes as in `target`. Epsilon needs alpha > 0."""
-        alpha, sigma = _per_image(alpha, noisy), _per_image(sigma, noisy)
+        alpha, sigma = per_image(alpha, noisy), per_image(sigma, noisy)
         if self.prediction_type == "epsilon":
             return (noisy - sigma * prediction) / alpha, prediction
         if self.prediction_type == "v_prediction":
@@ -98,14 +98,14 @@ class Objective:
         return float(time), 1 / math.sqrt(1 + math.exp(-2 * wanted)), 1 / math.sqrt(1 + math.exp(2 * wanted))
 
 
-def _per_image(value, like: torch.Tensor):
+def per_image(value, like: torch.Tensor):
     """(N,) tensors as (N, 1, ...) to broadcast over images; a number as it is."""
     return value.view(-1, *[1] * (like.ndim - 1)) if torch.is_tensor(value) and value.ndim else value
 
 
 def prediction_target(prediction_type: str, clean, noise, alpha, sigma) -> torch.Tensor:
-    """What a perfect network predicts: the noise, v (arXiv:2202.00512) or the velocity (arXiv:2209.03003)."""
-    alpha, sigma = _per_image(alpha, clean), _per_image(sigma, clean)
+    """Prediction of a perfect network: the noise, v (arXiv:2202.00512) or the velocity (arXiv:2209.03003)."""
+    alpha, sigma = per_image(alpha, clean), per_image(sigma, clean)
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "v_prediction":
@@ -157,7 +157,7 @@ def denormalize_latents(autoencoder, latents: torch.Tensor) -> torch.Tensor:
 # -------------------------------------------------------------------------------------- condition and denoise
 @dataclass(frozen=True)
 class Condition:
-    """What a network is told besides the noisy latents and the time; every field is optional, batch first.
+    """Inputs of a network besides the noisy latents and the time; every field is optional, batch first.
 
     class_labels: (N,) int64 in [0, K]; K = `num_classes(denoiser)` is the null class, "no label".
     """
@@ -172,7 +172,7 @@ class Condition:
 
     def drop(self, mask: torch.Tensor, null: "Condition") -> "Condition":
         """This condition with `null` where `mask` (N,) bool is true (arXiv:2207.12598, algorithm 1)."""
-        return self._combine(null, lambda own, nothing: torch.where(_per_image(mask, own), nothing, own))
+        return self._combine(null, lambda own, nothing: torch.where(per_image(mask, own), nothing, own))
 
     def join(self, other: "Condition") -> "Condition":
         """One doubled batch: this condition, then `other`."""
@@ -306,7 +306,7 @@ def _suited(scheduler, family: str):
 
 
 def scheduler_prediction(scheduler, objective: Objective, i: int, t, sample, network) -> torch.Tensor:
-    """What `scheduler.step(..., t, sample)` wants, from a `network(noisy, time)` on the path of `objective`.
+    """Input of `scheduler.step(..., t, sample)`, from a `network(noisy, time)` on the path of `objective`.
 
     sample: (N, C, ...) float32; i: index of t in the scheduler's timesteps. Rescaled, the sample moves from
     the scheduler's path to the network's at the same signal-to-noise ratio; the prediction comes back as

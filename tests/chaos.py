@@ -38,7 +38,8 @@ OPTIONS = (
     "--denoiser.log_every=1",
 )
 TIMED = {"seconds", "images_per_second", "data_wait"}
-Write = tuple[str, str, int]  # a path in the run folder, a moment of its writing, the lines before of a log
+LINES = 8  # of a log, between two accidents in its writing
+Write = tuple[str, str, int]  # a path in the run folder, a moment of its writing, a log's lines // LINES
 
 
 def contents(run: Path) -> dict:
@@ -91,7 +92,7 @@ def strike_in_writes(
 
     def on_write(moment: str, path: Path) -> None:
         lines = len(path.read_bytes().splitlines()) if path.suffix == ".jsonl" and path.exists() else 0
-        write = (re.sub(r"^.*?/run/", "", path.as_posix()), moment, lines)
+        write = (re.sub(r"^.*?/run/", "", path.as_posix()), moment, lines // LINES)
         if write not in known and wanted(write):
             report.write_text(json.dumps(write))
             accident(moment, path)

@@ -123,7 +123,7 @@ def _start_server() -> None:
 
 
 def _run(arguments: list[str], settings: tuple, prepare: Callable | None) -> None:
-    """What the forked process does: becomes the script."""
+    """Body of the forked process, which becomes the script."""
     writers, cwd, env, own_group = settings
     for number, writer in enumerate(writers, start=1):
         os.dup2(writer.fileno(), number)

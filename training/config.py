@@ -60,7 +60,7 @@ def redact(text: str) -> str:
     return re.sub(r"hf_\w{8,}|(?<=://)[^/@\s]+(?=@)", "***", text)
 
 
-def fail(error: RunError) -> NoReturn:
+def fail(error: ValueError) -> NoReturn:
     """Exit with code 2 and the message alone; with several processes it names the rank."""
     sys.stdout.flush()
     rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
@@ -104,7 +104,7 @@ class DataConfig:
 
 @dataclass
 class OptimizationConfig:
-    """How long and how fast a network is trained."""
+    """Length and pace of the training of a network."""
 
     batch_size: PositiveInt = 128
     """Images per optimizer step, over all processes and accumulation steps together."""
@@ -454,7 +454,7 @@ def command_line(*stages: str) -> Config:
 
 
 def objective_of(config: DenoiserConfig) -> dict:
-    """What the network will predict and on which noise path: the `objective` of an LDMPipeline."""
+    """The prediction of the network and its noise path: the `objective` of an LDMPipeline."""
     if config.prediction_type == "flow_prediction":
         return {"prediction_type": "flow_prediction"}
     beta_start, beta_end = (0.00085, 0.012) if config.beta_schedule == "scaled_linear" else (0.0001, 0.02)

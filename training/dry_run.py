@@ -1,4 +1,4 @@
-"""What a run will cost, measured with a step of each network before any training."""
+"""The cost of a run, measured with a step of each network before any training."""
 
 import time
 

@@ -7,14 +7,13 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, UNet2DModel
 
-from ldm_pipeline.loading import load_autoencoder
+from ldm_pipeline.loading import AUTOENCODERS, load_autoencoder
 from ldm_pipeline.models import build_autoencoder, build_unet
 from ldm_pipeline.pipeline import Condition, denoise
 from training.config import Config, OptimizationConfig, RunError
 from training.data.images import ImageData
 from training.data.latents import encode
 
-AUTOENCODERS = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderDC)}
 SMALLEST = 4  # height and width of latents that a diffusion model can still arrange
 
 
@@ -34,7 +33,6 @@ def new_denoiser(config: Config, data: ImageData | None, latent_shape: tuple[int
     """
     torch.manual_seed(config.seed + 1)
     stage = config.denoiser
-    labelled = data is not None and data.id2label is not None and stage.class_conditional is not False
     return build_unet(
         latent_shape[1:],
         latent_shape[0],
@@ -44,8 +42,13 @@ def new_denoiser(config: Config, data: ImageData | None, latent_shape: tuple[int
         stage.attention_head_dim,
         stage.norm_groups,
         stage.dropout,
-        len(data.id2label) if labelled else None,
+        len(data.id2label) if data is not None and is_conditional(config, data) else None,
     )
+
+
+def is_conditional(config: Config, data: ImageData) -> bool:
+    """Whether the denoiser is told the images' classes: there are some, and the configuration wants them."""
+    return data.id2label is not None and config.denoiser.class_conditional is not False
 
 
 def pretrained_autoencoder(config: Config) -> AutoencoderKL | AutoencoderDC:

@@ -4,9 +4,8 @@ import shlex
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NoReturn
 
-from training.config import RunError, redact
+from training.config import RunError, fail
 from training.options import new_parser
 
 
@@ -140,19 +139,13 @@ def main(argv: list[str] | None = None) -> None:
     try:
         source, options = parse(argv)
     except RunError as error:
-        stop(error)
+        fail(error)
     from ldm_pipeline.hub import HubError  # here, because --help and a typo need no Diffusers
 
     try:
         publish(Path(source), options)
     except (RunError, HubError) as error:
-        stop(error)
-
-
-def stop(error: ValueError) -> NoReturn:
-    """Exit with code 2 and the message, without tokens."""
-    print(redact(f"error: {error}"), file=sys.stderr)
-    sys.exit(2)
+        fail(error)
 
 
 if __name__ == "__main__":

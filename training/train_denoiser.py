@@ -13,7 +13,7 @@ from ldm_pipeline.loading import LDMPipeline, load_autoencoder
 from ldm_pipeline.models import build_scheduler
 from ldm_pipeline.pipeline import num_classes
 from training.config import DenoiserConfig, RunError
-from training.data.conditions import training_condition
+from training.data.conditions import cached_condition
 from training.data.latents import LatentDataset
 from training.data.order import batch_flips, batch_indices, batch_slices, seeded_generator
 from training.evaluation.samples import Sampler, SamplingSettings, start_monitor
@@ -106,7 +106,7 @@ def train_denoiser(run: Run) -> None:
             seed_dropout(dropouts, seed, step, rows)
             indices, flips, noise = (batch[name][rows] for name in ("indices", "flips", "posterior_noise"))
             clean = log.wait(latents.batch, indices, flips, noise)
-            condition = training_condition(latents, unet, indices, batch["dropped"][rows])
+            condition = cached_condition(latents, unet, indices, batch["dropped"][rows])
             with gradient_sync(accelerator, model, last=rows is slices[-1]):
                 loss, errors = model(clean, batch["noise"][rows], batch["timesteps"][rows], condition)
                 accelerator.backward(nan_if_nonfinite(loss) / parts)

@@ -37,9 +37,7 @@ def label_column(features: Features, config: DataConfig) -> str | None:
     chosen = _choose(features, "label_column", config.label_column, found, possible)
     if chosen is None and usual:
         text = f"The column {usual[0]!r} holds no classes (integers or names): {_listing(features)}."
-        if "float" in str(
-            getattr(features[usual[0]], "dtype", "")
-        ):  # classes, written as numbers with a point?
+        if "float" in str(getattr(features[usual[0]], "dtype", "")):  # perhaps classes, read as fractions
             raise RunError(
                 f"{text} Convert it to integers, choose another column by --data.label_column, or, to train "
                 "without classes, remove it (Dataset.remove_columns, then save_to_disk)."

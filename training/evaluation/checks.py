@@ -9,6 +9,7 @@ from training.evaluation.metrics import MIN_SAMPLES
 from training.evaluation.samples import SamplingSettings
 from training.evaluation.sweep import configured_settings
 from training.evaluation.validation import lpips_alex
+from training.networks import is_conditional
 from training.runtime.atomic import read_json
 from training.runtime.run import Run
 
@@ -69,7 +70,7 @@ def _check_options(run: Run, trains: bool) -> None:
             f"--evaluation.pipeline {evaluation.pipeline}: this run trains a pipeline of its own; use "
             "training/evaluate_ldm.py"
         )
-    conditional = run.data.id2label is not None and config.denoiser.class_conditional is not False
+    conditional = is_conditional(config, run.data)
     objective = objective_of(config.denoiser)
     scale = config.denoiser.guidance_scale if conditional else 1.0
     own = SamplingSettings(build_scheduler(objective), config.denoiser.sample_steps, scale)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from ldm_pipeline.pipeline import Condition, Objective, num_classes
+from ldm_pipeline.pipeline import Objective
 from training.config import RunError
+from training.data.conditions import cached_condition
 from training.data.images import ImageDataset
 from training.data.latents import LatentDataset, encode
 from training.data.order import seeded_generator
@@ -133,8 +134,8 @@ def validation_loss(
             bins = indices % BINS
             timesteps = network_timesteps(objective.prediction_type, (bins + position) / BINS).to(device)
             clean = latents.batch(indices, torch.zeros_like(indices), posterior_noise)
-            labels = latents.class_labels(indices) if num_classes(denoiser) else None
-            errors, _ = denoising_errors(denoiser, objective, clean, noise, timesteps, Condition(labels))
+            condition = cached_condition(latents, denoiser, indices)
+            errors, _ = denoising_errors(denoiser, objective, clean, noise, timesteps, condition)
             sums[0].index_add_(0, bins.to(device), errors * counted)
             sums[1].index_add_(0, bins.to(device), torch.full_like(errors, counted))
     total, number = accelerator.reduce(sums, "sum").cpu()

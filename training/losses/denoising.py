@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ldm_pipeline.pipeline import Condition, Objective, denoise
+from ldm_pipeline.pipeline import Condition, Objective, denoise, per_image
 from training.config import DenoiserConfig, objective_of
 
 
@@ -76,14 +76,10 @@ def denoising_errors(
         timesteps: `(N,)` in [0, 1000].
     """
     alpha, sigma = objective.alpha_sigma(timesteps)
-    noisy = _per_image(alpha, clean) * clean + _per_image(sigma, clean) * noise
+    noisy = per_image(alpha, clean) * clean + per_image(sigma, clean) * noise
     prediction = denoise(unet, noisy, timesteps, condition).float()
     target = objective.target(clean, noise, alpha, sigma)
     return (prediction - target).square().flatten(1).mean(1), (alpha, sigma)
-
-
-def _per_image(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 class DenoisingLoss(nn.Module):
