@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Sequence
 
 import diffusers
-from diffusers import AutoencoderDC, AutoencoderKL, SchedulerMixin, UNet2DModel
+from diffusers import AutoencoderDC, AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 
 from ldm_pipeline.pipeline import Objective, schedulers_for
 
@@ -84,7 +84,10 @@ def build_unet(
     norm_groups: int = 32,
     dropout: float = 0.0,
     num_classes: int | None = None,
-) -> UNet2DModel:
+    text_width: int | None = None,
+    cross_attention_dim: int = 256,
+    concat_channels: int = 0,
+) -> UNet2DModel | UNet2DConditionModel:
     """An untrained U-Net that denoises latents `(N, latent_channels, *sample_size)`.
 
     Args:
@@ -93,6 +96,10 @@ def build_unet(
         attention: levels with self-attention; none if omitted.
         num_classes: K of a class-conditional model. It embeds K + 1 classes: the last is the null class of
             classifier-free guidance (arXiv:2207.12598).
+        text_width: D of the encoded text `(N, L, D)` that a text-conditional model attends to, in the levels
+            with attention and the middle.
+        cross_attention_dim: the encoded text is projected to this width, which the attention reads.
+        concat_channels: channels that are concatenated to the noisy latents.
 
     Raises:
         ValueError: for numbers that Diffusers would round or ignore. Other wrong numbers raise what the class
@@ -111,21 +118,31 @@ def build_unet(
             f"denoiser.widths {bad} with attention are no multiples of denoiser.attention_head_dim "
             f"{attention_head_dim}"
         )
-    return UNet2DModel(
-        sample_size=sample_size,
-        in_channels=latent_channels,
-        out_channels=latent_channels,
-        block_out_channels=tuple(widths),
-        layers_per_block=layers_per_block,
-        down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attention),
-        up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attention)),
-        attention_head_dim=attention_head_dim,
-        norm_num_groups=norm_groups,
-        dropout=dropout,
-        resnet_time_scale_shift="scale_shift",
-        num_class_embeds=None if num_classes is None else num_classes + 1,
-        flip_sin_to_cos=True,
-        freq_shift=0,
+    options = {
+        "sample_size": sample_size,
+        "in_channels": latent_channels + concat_channels,
+        "out_channels": latent_channels,
+        "block_out_channels": tuple(widths),
+        "layers_per_block": layers_per_block,
+        "norm_num_groups": norm_groups,
+        "dropout": dropout,
+        "resnet_time_scale_shift": "scale_shift",
+        "num_class_embeds": None if num_classes is None else num_classes + 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+    }
+    kind = "Attn" if text_width is None else "CrossAttn"
+    options["down_block_types"] = tuple(f"{kind}DownBlock2D" if a else "DownBlock2D" for a in attention)
+    options["up_block_types"] = tuple(f"{kind}UpBlock2D" if a else "UpBlock2D" for a in reversed(attention))
+    if text_width is None:
+        return UNet2DModel(attention_head_dim=attention_head_dim, **options)
+    return UNet2DConditionModel(
+        # The name is historical: in this class it is the number of heads.
+        attention_head_dim=tuple(max(1, width // attention_head_dim) for width in widths),
+        encoder_hid_dim=text_width,
+        encoder_hid_dim_type="text_proj",
+        cross_attention_dim=cross_attention_dim,
+        **options,
     )
 
 

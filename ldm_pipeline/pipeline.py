@@ -4,18 +4,21 @@ import inspect
 import json
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
+from torch.nn import functional
 
 # Read at import: two dynamically loaded `pipeline.py` share one file name in the modules cache, so that later
 # the file on disk may no longer be the code that runs.
 SOURCE = Path(__file__).read_bytes()
+logger = logging.get_logger(__name__)
 FLOW_TIME = 1000.0  # a flow network sees 1000 * tau, the range its sinusoidal embedding was made for
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
 
@@ -160,13 +163,20 @@ class Condition:
     """Inputs of a network besides the noisy latents and the time; every field is optional, batch first.
 
     class_labels: (N,) int64 in [0, K]; K = `num_classes(denoiser)` is the null class, "no label".
+    encoder_hidden_states: (N, L, D), the encoded text, with
+    encoder_attention_mask: (N, L) bool, true for real tokens, at least one per text: to a U-Net a text
+        without any is one without a mask. The text that says nothing is the encoding of "".
+    concat: (N, Cc, h, w), concatenated to the noisy latents.
     """
 
     class_labels: torch.Tensor | None = None
+    encoder_hidden_states: torch.Tensor | None = None
+    encoder_attention_mask: torch.Tensor | None = None
+    concat: torch.Tensor | None = None
 
     @classmethod
     def null(cls, denoiser, batch_size: int, device=None) -> "Condition":
-        """The condition that says nothing, for `batch_size` images; of no fields where none are taken."""
+        """The null class of `batch_size` images; no condition where the denoiser takes no classes."""
         classes = num_classes(denoiser)
         return cls(torch.full((batch_size,), classes, device=device) if classes else None)
 
@@ -179,8 +189,21 @@ class Condition:
         return self._combine(other, lambda own, others: torch.cat([own, others]))
 
     def _combine(self, other: "Condition", function) -> "Condition":
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        """The function of every field that both have; the shorter of two texts is padded."""
+        texts = [each.encoder_hidden_states for each in (self, other)]
+        length = max((text.shape[1] for text in texts if text is not None), default=0)
+        both = self._padded(length), other._padded(length)
+        pairs = {f.name: tuple(getattr(each, f.name) for each in both) for f in fields(self)}
         return Condition(**{name: function(*pair) for name, pair in pairs.items() if pair[0] is not None})
+
+    def _padded(self, length: int) -> "Condition":
+        """This condition with texts of at least `length` tokens; those that are added count nowhere."""
+        hidden, mask = self.encoder_hidden_states, self.encoder_attention_mask
+        if hidden is None or hidden.shape[1] >= length:
+            return self
+        more = length - hidden.shape[1]
+        hidden, mask = functional.pad(hidden, (0, 0, 0, more)), functional.pad(mask, (0, more))
+        return replace(self, encoder_hidden_states=hidden, encoder_attention_mask=mask)
 
 
 def denoise(denoiser, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
@@ -189,8 +212,11 @@ def denoise(denoiser, noisy: torch.Tensor, timesteps: torch.Tensor, condition: C
     noisy: (N, C, ...), of the network's dtype; timesteps: (N,) or scalar, the network's own time.
     Returns what the network predicts, shaped like `noisy`.
     """
-    keywords = {"class_labels": condition.class_labels}
-    given = {name: value for name, value in keywords.items() if value is not None}
+    given = {name: value for name, value in vars(condition).items() if value is not None}
+    if "concat" in given:
+        noisy = torch.cat([noisy, given.pop("concat").to(noisy.dtype)], 1)
+    if "encoder_hidden_states" in given:  # networks do not cast it themselves
+        given["encoder_hidden_states"] = given["encoder_hidden_states"].to(noisy.dtype)
     return denoiser(noisy, timesteps, **given, return_dict=False)[0]
 
 
@@ -199,21 +225,50 @@ def num_classes(denoiser) -> int:
     return (denoiser.config.get("num_class_embeds") or 1) - 1
 
 
+def text_width(denoiser) -> int:
+    """Width D of the encoded text that the denoiser takes; 0: it takes none."""
+    return denoiser.config.get("encoder_hid_dim") or 0
+
+
 def latent_shape(denoiser) -> tuple[int, ...]:
     """(C, H, W) of the latents of one image."""
     size = denoiser.config.sample_size
     return (denoiser.config.out_channels, *((size, size) if isinstance(size, int) else size))
 
 
+# ------------------------------------------------------------------------------------------------------- text
+def tokenize(tokenizer, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token numbers (N, L) int64 and their mask (N, L) bool, true for real tokens; longer texts are cut.
+
+    A text of no tokens keeps one that pads. SigLIP is the exception: it was trained without a mask, on texts
+    that are padded to its full length.
+    """
+    whole = "siglip" in str(tokenizer.init_kwargs.get("tokenizer_class", type(tokenizer).__name__)).lower()
+    options = {"padding": "max_length" if whole else True, "truncation": True, "return_tensors": "pt"}
+    tokens = tokenizer(texts, return_attention_mask=True, padding_side="right", **options)
+    ids, mask = tokens["input_ids"].long(), tokens["attention_mask"].bool() | whole
+    if not ids.shape[1]:
+        ids = torch.full((len(texts), 1), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, 0] |= ~mask.any(1)
+    return ids, mask
+
+
+def encode_tokens(text_encoder, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The last hidden states (N, L, D) of tokens (N, L); a masked token changes none of the others'."""
+    return text_encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+
+
 # --------------------------------------------------------------------------------------------------- guidance
-def guided(denoiser, noisy: torch.Tensor, time: float, condition: Condition, scale: float) -> torch.Tensor:
+def guided(
+    denoiser, noisy: torch.Tensor, time: float, condition: Condition, null: Condition | None, scale: float
+) -> torch.Tensor:
     """The prediction under classifier-free guidance (arXiv:2207.12598), from one doubled batch, float32.
 
     null + scale * (conditional - null); off at 1. noisy: (N, C, ...), of the network's dtype.
     """
     if scale != 1:
-        condition = Condition.null(denoiser, len(noisy), noisy.device).join(condition)
-        noisy = torch.cat([noisy, noisy])
+        condition, noisy = null.join(condition), torch.cat([noisy, noisy])
     times = torch.full((len(noisy),), time, device=noisy.device)
     prediction = denoise(denoiser, noisy, times, condition).float()
     return prediction if scale == 1 else torch.lerp(*prediction.chunk(2), scale)
@@ -334,7 +389,7 @@ def scheduler_prediction(scheduler, objective: Objective, i: int, t, sample, net
 
 # --------------------------------------------------------------------------------------------------- pipeline
 class LDMPipeline(DiffusionPipeline):
-    """Latent diffusion, unconditional or by class, with any scheduler of `SCHEDULERS` under any objective.
+    """Latent diffusion, unconditional, by class or by text, with any scheduler of `SCHEDULERS`.
 
     Args:
         vae: the autoencoder, with `latents_mean` and `latents_std` in its config.
@@ -344,14 +399,18 @@ class LDMPipeline(DiffusionPipeline):
             noise schedule under DDPMScheduler's names (num_train_timesteps, beta_schedule, beta_start,
             beta_end, rescale_betas_zero_snr). Saved with the model: sampling cannot disagree with training.
         id2label: names of the classes, {0: "cat", ...}; a dict, as the Hub loader cannot read a list.
-        defaults: what a call uses that says nothing else: "num_inference_steps" and, where there are
-            class labels, "guidance_scale".
+        defaults: what a call uses that says nothing else: "num_inference_steps" and, where there is
+            something to guide to, "guidance_scale".
+        text_encoder: of transformers, for a denoiser that takes text; its last hidden states are used.
+        tokenizer: the text encoder's; `model_max_length` is the number of tokens that a prompt may have.
 
     >>> pipe = LDMPipeline.from_pretrained("org/model")
     >>> pipe(class_labels=["cat", 3], guidance_scale=1.5).images[0].save("cat.png")
+    >>> LDMPipeline.from_pretrained("org/text-model")("a red heart, google style").images[0]
     """
 
-    model_cpu_offload_seq = "unet->vae"
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _optional_components = ["text_encoder", "tokenizer"]
     _callback_tensor_inputs = ["latents"]
     _guidance_scale, _num_timesteps = 1.0, 0  # of the running or last call; a callback may set the scale
 
@@ -363,6 +422,8 @@ class LDMPipeline(DiffusionPipeline):
         objective: dict | None = None,
         id2label: dict | None = None,
         defaults: dict | None = None,
+        text_encoder=None,
+        tokenizer=None,
     ):
         super().__init__()
         self.objective = Objective(objective)
@@ -374,7 +435,11 @@ class LDMPipeline(DiffusionPipeline):
         for name, model in {"vae": vae, "unet": unet}.items():
             check_weights(model, name)
             forget_local_path(model)
-        self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
+        if text_encoder is not None:
+            check_weights(text_encoder, "text_encoder")
+        self.register_modules(
+            vae=vae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
+        )
         if unknown := set(defaults or {}) - {"num_inference_steps", "guidance_scale"}:
             raise ValueError(f"defaults has {sorted(unknown)}; wanted num_inference_steps, guidance_scale")
         names = _checked_names(id2label, num_classes(unet))
@@ -447,6 +512,7 @@ class LDMPipeline(DiffusionPipeline):
         latents: torch.Tensor,
         timesteps: torch.Tensor,
         condition: Condition,
+        null: Condition | None = None,
         guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         callback_on_step_end=None,
@@ -459,6 +525,7 @@ class LDMPipeline(DiffusionPipeline):
             latents: as the scheduler has them at the first of `timesteps`.
             timesteps: `scheduler.timesteps` after `set_timesteps`, or the end of it: `timesteps[start:]`.
             condition: what the N images shall be.
+            null: what they shall not be; guidance needs it, at a scale other than 1.
 
         Raises:
             ValueError: for a scheduler that cannot sample this model or cannot start there, before the first
@@ -475,7 +542,7 @@ class LDMPipeline(DiffusionPipeline):
         self._guidance_scale, self._num_timesteps = guidance_scale, len(timesteps)
 
         def network(noisy, time):
-            return guided(self.denoiser, noisy.to(dtype), time, condition, self._guidance_scale)
+            return guided(self.denoiser, noisy.to(dtype), time, condition, null, self._guidance_scale)
 
         for i, t in enumerate(self.progress_bar(timesteps)):
             with _suited(scheduler, family):
@@ -490,14 +557,21 @@ class LDMPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
+        prompt: str | list[str] | None = None,
         class_labels=None,
         batch_size: int | None = None,
+        num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
         timesteps: list | None = None,
         sigmas: list | None = None,
+        negative_prompt: str | list[str] | None = None,
         guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end=None,
@@ -507,14 +581,19 @@ class LDMPipeline(DiffusionPipeline):
         """Sample images.
 
         Args:
+            prompt: a text, or a list of texts, one per image; for a model that takes text.
             class_labels: a name or a number, or a list of them, one per image; None is unconditional.
-            batch_size: number of images; by default as many as labels, generators or latents, or one.
+            batch_size: number of images; by default that of prompts, labels, generators or latents, or one.
+            num_images_per_prompt: images of each prompt or label, one after the other.
             num_inference_steps: steps of the scheduler; None: what the model's `defaults` say, or 20.
             timesteps, sigmas: a grid of one's own instead, where the scheduler takes it.
+            negative_prompt: what guidance leads away from; None is the empty text.
             guidance_scale: null + guidance_scale * (conditional - null) (arXiv:2207.12598); off at 1. None:
-                what the model's `defaults` say where there are class_labels, or 1.
+                what the model's `defaults` say where there is a prompt or a label, or 1.
             generator: one, or one per image: then a picture does not depend on its batch.
             latents: (N, C, H, W) standard normal noise to start from.
+            prompt_embeds, negative_prompt_embeds: (N, L, D) instead of texts, from `encode_prompt`, with
+            prompt_attention_mask, negative_prompt_attention_mask: (N, L), true for real tokens.
             output_type: "pil"; "np" (N, H, W, C) and "pt" (N, C, H, W), float32 in [0, 1]; "latent", the
                 normalised latents (N, C, H, W).
             return_dict: an `ImagePipelineOutput` rather than a tuple.
@@ -526,22 +605,46 @@ class LDMPipeline(DiffusionPipeline):
             ValueError: what cannot be meant, before the first step; non-finite latents or images after it.
         """
         self._check_options(output_type, callback_on_step_end_tensor_inputs)
-        class_labels, defaults = _as_list(class_labels), self.config.defaults or {}
+        text = self._check_text(prompt, prompt_embeds, prompt_attention_mask)
+        negative = self._check_text(
+            negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask, "negative_"
+        )
+        inputs = {"prompt": text, "negative_prompt": negative, "class_labels": _as_list(class_labels)}
+        others = {
+            "batch_size": batch_size,
+            "generator": len(generator) if isinstance(generator, list) else None,
+            "latents": None if latents is None else len(latents),
+        }
+        batch_size, inputs = _batch(inputs, others, num_images_per_prompt)
+        defaults, asked = self.config.defaults or {}, text is not None or class_labels is not None
         if num_inference_steps is None:
             num_inference_steps = defaults.get("num_inference_steps", 20)
         if guidance_scale is None:
-            guidance_scale = 1.0 if class_labels is None else defaults.get("guidance_scale", 1.0)
-        batch_size, class_labels = _batch_size(batch_size, class_labels, generator, latents)
-        condition = self._condition(class_labels, batch_size, guidance_scale)
-        self._set_timesteps(num_inference_steps, timesteps, sigmas)
+            guidance_scale = defaults.get("guidance_scale", 1.0) if asked else 1.0
+        if guidance_scale != 1 and not asked:
+            wanted = "a prompt" if text_width(self.denoiser) else "class_labels"
+            raise ValueError(f"guidance_scale={guidance_scale} needs {wanted} to guide to; 1 is off")
         try:
+            condition = self._condition(inputs["prompt"], inputs["class_labels"], batch_size)
+            null = self._condition(inputs["negative_prompt"], None, batch_size) if asked else condition
+            self._set_timesteps(num_inference_steps, timesteps, sigmas)
             start = self._prepare_latents(latents, batch_size, generator), self.scheduler.timesteps
             callback = callback_on_step_end, callback_on_step_end_tensor_inputs
-            latents = self.denoise_latents(*start, condition, guidance_scale, generator, *callback, eta)
+            latents = self.denoise_latents(*start, condition, null, guidance_scale, generator, *callback, eta)
             images = latents if output_type == "latent" else self._output(self.decode(latents), output_type)
         finally:
             self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encoded texts (N, L, D) and their mask (N, L): the arguments `prompt_embeds` and
+        `prompt_attention_mask` of a call."""
+        texts = _as_list(prompt)
+        ids, mask = (each.to(self._execution_device) for each in tokenize(self.tokenizer, texts))
+        if any(len(self.tokenizer(text)["input_ids"]) > ids.shape[1] for text in texts):
+            logger.warning(f"a prompt has more than {ids.shape[1]} tokens; the rest is not read")
+        return encode_tokens(self.text_encoder, ids, mask), mask
 
     # ---- what the user asked for
     def _check_options(self, output_type: str, tensor_inputs):
@@ -570,16 +673,45 @@ class LDMPipeline(DiffusionPipeline):
             f"number from 0 to {classes - 1} or one of the names {{{', '.join(shown)}}}"
         )
 
-    def _condition(self, class_labels: list | None, batch_size: int, guidance_scale: float) -> Condition:
+    def _check_text(self, prompt, embeds, mask, prefix: str = "") -> list | None:
+        """The texts, or the rows of their encodings with masks; None where neither is given."""
+        given, width = prompt is not None or embeds is not None, text_width(self.denoiser)
+        name = f"{prefix}prompt"
+        if given and not width:
+            raise ValueError(f"{name} is given, but this model was trained without text; leave it out")
+        if prompt is not None and embeds is not None:
+            raise ValueError(f"{name} and {name}_embeds are both given; wanted one of them")
+        if embeds is not None:
+            if mask is None or embeds.ndim != 3 or embeds.shape[2] != width or mask.shape != embeds.shape[:2]:
+                found = None if mask is None else tuple(mask.shape)
+                raise ValueError(
+                    f"{name}_embeds has shape {tuple(embeds.shape)} and {name}_attention_mask {found}; "
+                    f"wanted (N, L, {width}) and (N, L), as `encode_prompt` gives them"
+                )
+            return list(zip(embeds, mask.bool(), strict=True))
+        if prompt is not None and (bad := [p for p in _as_list(prompt) if not isinstance(p, str)]):
+            raise ValueError(f"{name} has {bad[0]!r}; wanted a text or a list of texts")
+        return _as_list(prompt)
+
+    def _condition(self, texts: list | None, class_labels: list | None, batch_size: int) -> Condition:
+        """The condition of N images; of what is None, it says nothing."""
         classes, device = num_classes(self.denoiser), self._execution_device
-        if class_labels is None:
-            if guidance_scale != 1:
-                raise ValueError(f"guidance_scale={guidance_scale} needs class_labels to guide to; 1 is off")
-            return Condition.null(self.denoiser, batch_size, device)
-        if not classes:
-            raise ValueError(f"class_labels={class_labels}, but this model has no classes; leave it out")
-        numbers = [self._class_number(label, classes) for label in class_labels]
-        return Condition(class_labels=torch.tensor(numbers, device=device))
+        condition = Condition.null(self.denoiser, batch_size, device)
+        if class_labels is not None:
+            if not classes:
+                raise ValueError(f"class_labels={class_labels}, but this model has no classes; leave it out")
+            numbers = [self._class_number(label, classes) for label in class_labels]
+            condition = replace(condition, class_labels=torch.tensor(numbers, device=device))
+        if text_width(self.denoiser):
+            texts = texts or [""] * batch_size
+            if isinstance(texts[0], str):
+                different = list(dict.fromkeys(texts))
+                rows = torch.tensor([different.index(text) for text in texts], device=device)
+                hidden, mask = (each[rows] for each in self.encode_prompt(different))
+            else:
+                hidden, mask = (torch.stack(each).to(device) for each in zip(*texts, strict=True))
+            condition = replace(condition, encoder_hidden_states=hidden, encoder_attention_mask=mask)
+        return condition
 
     def _prepare_latents(self, latents, batch_size: int, generator) -> torch.Tensor:
         """(N, C, H, W) float32 of the deviation that the scheduler starts from."""
@@ -663,20 +795,24 @@ def _as_list(class_labels) -> list | None:
     return list(class_labels) if isinstance(class_labels, list | tuple | range) else [class_labels]
 
 
-def _batch_size(batch_size, class_labels, generator, latents) -> tuple[int, list | None]:
-    """The number of images that everything given agrees on, and one label for each."""
-    labels = None if class_labels is None or len(class_labels) == 1 else len(class_labels)
-    found = {
-        "batch_size": batch_size,
-        "class_labels": labels,
-        "generator": len(generator) if isinstance(generator, list) else None,
-        "latents": None if latents is None else len(latents),
+def _batch(inputs: dict, others: dict, copies: int) -> tuple[int, dict]:
+    """The number of images that everything given agrees on, and each input as a list of one entry per image.
+
+    inputs: lists by argument, of one entry for all images or of one for every `copies` images; or None.
+    others: numbers of images by argument, or None.
+    """
+    lists = {name: values for name, values in inputs.items() if values is not None and len(values) != 1}
+    found = {name: len(values) * copies for name, values in lists.items()}
+    found |= {name: number for name, number in others.items() if number is not None}
+    if len(set(found.values())) > 1 or any(number < 1 for number in [*found.values(), copies]):
+        copied = "" if copies == 1 else f" (num_images_per_prompt={copies})"
+        raise ValueError(f"one positive number of images is wanted, but these are given{copied}: {found}")
+    number = next(iter(found.values()), copies)
+    repeats = {name: copies if name in lists else number for name in inputs}
+    return number, {
+        name: values and [value for value in values for _ in range(repeats[name])]
+        for name, values in inputs.items()
     }
-    found = {name: number for name, number in found.items() if number is not None}
-    if len(set(found.values())) > 1 or any(number < 1 for number in found.values()):
-        raise ValueError(f"one positive number of images is wanted, but these are given: {found}")
-    number = next(iter(found.values()), 1)
-    return number, class_labels * number if class_labels is not None and labels is None else class_labels
 
 
 def _require_finite(values: torch.Tensor, what: str, component: str, dtype: torch.dtype):
