@@ -11,7 +11,7 @@ from huggingface_hub.utils import yaml_dump
 from jinja2 import ChainableUndefined, Environment
 from torch import Tensor
 
-from ldm_pipeline.pipeline import LDMPipeline, latent_shape, num_classes
+from ldm_pipeline.pipeline import LDMPipeline, downsampling, latent_shape, num_classes
 
 SWEEP_ROWS = 12
 
@@ -114,9 +114,7 @@ def sampling_settings(pipe: LDMPipeline, protocol: dict) -> dict:
 # ----------------------------------------------------------------------------------------------- the pipeline
 def image_size(pipe: LDMPipeline) -> list[int]:
     """Height and width of the images in pixels."""
-    config = pipe.vae.config
-    widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-    return [side * 2 ** (len(widths) - 1) for side in latent_shape(pipe.denoiser)[1:]]
+    return [side * downsampling(pipe.vae) for side in latent_shape(pipe.denoiser)[1:]]
 
 
 def _call(pipe: LDMPipeline, names: list[str], protocol: dict) -> str:

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image, ImageOps
 from torch.nn import functional
 
 # Read at import: two dynamically loaded `pipeline.py` share one file name in the modules cache, so that later
@@ -230,6 +232,12 @@ def text_width(denoiser) -> int:
     return denoiser.config.get("encoder_hid_dim") or 0
 
 
+def downsampling(vae) -> int:
+    """Pixels of an image per latent, along each side."""
+    widths = vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels")
+    return 2 ** (len(widths) - 1)
+
+
 def latent_shape(denoiser) -> tuple[int, ...]:
     """(C, H, W) of the latents of one image."""
     size = denoiser.config.sample_size
@@ -257,6 +265,143 @@ def tokenize(tokenizer, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 def encode_tokens(text_encoder, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The last hidden states (N, L, D) of tokens (N, L); a masked token changes none of the others'."""
     return text_encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+
+
+# ------------------------------------------------------------------------------------------------------- task
+class Task:
+    """What a model is shown beside the noise, `Condition.concat`, as a function of an image.
+
+    Args:
+        config: {"kind": "inpaint"}, or "colorize", "deblur", "enhance"; {"kind": "superres", "factor": 4}; or
+            {"kind": "column", "column": "depth", "nearest": False}, another picture of the same scene, which
+            keeps its edges when resized if "nearest". This dict is saved with a pipeline.
+
+    Raises:
+        ValueError: if `config` is anything else.
+    """
+
+    KINDS = {name: () for name in ("inpaint", "colorize", "deblur", "enhance")}
+    KINDS |= {"superres": ("factor",), "column": ("column", "nearest")}
+
+    def __init__(self, config: dict):
+        self.config, self.kind = config, config.get("kind") if isinstance(config, dict) else None
+        if self.kind not in self.KINDS or set(config) != {"kind", *self.KINDS[self.kind]}:
+            kinds = ", ".join(f"{name} {list(numbers) or ''}".strip() for name, numbers in self.KINDS.items())
+            raise ValueError(f"task={config!r}; wanted a dict of a kind and its numbers: {kinds}")
+        self.takes_mask = self.kind == "inpaint"
+
+    def channels(self, latent_channels: int) -> int:
+        """Channels of `concat`: those of latents, and one of the hole or the noise level."""
+        return latent_channels + (self.kind in ("inpaint", "superres"))
+
+    def shown(self, images: torch.Tensor, size: Sequence[int], hole: torch.Tensor | None = None):
+        """The images (N, C, *size) in [0, 1] whose latents are the condition, of any (N, C, h, w) in [0, 1].
+
+        hole: (N, 1, *size) bool, true where the image is unknown; it becomes grey.
+        """
+        if self.kind == "superres":
+            return resize(self.low_resolution(images, size), size)
+        images = fit(images, size, self.config.get("nearest", False))
+        if self.kind == "colorize":
+            return luminance(images).expand_as(images)
+        return images if hole is None else torch.where(hole, 0.5, images)
+
+    def low_resolution(self, images: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """Images (N, C, h, w) at 1 / factor of `size`; of that size already, they stay as they are."""
+        return fit(images, [side // self.config["factor"] for side in size])
+
+    def concat(self, latents: torch.Tensor, hole=None, level=None, noise=None) -> torch.Tensor:
+        """The condition (N, channels, h, w), from the latents (N, C, h, w) of what is `shown`.
+
+        Args:
+            hole: (N, 1, H, W) bool for inpainting. A latent is known only if all of its pixels are.
+            level: (N,) in [0, 1), the deviation of the noise that superres has in its latents, against what
+                an autoencoder makes of foreign small images (arXiv:2106.15282); None is 0.
+            noise: standard normal like `latents`, if there is a level.
+        """
+        if self.kind == "inpaint":
+            factor = hole.shape[-1] // latents.shape[-1]
+            return torch.cat([latents, functional.max_pool2d(hole.to(latents.dtype), factor)], 1)
+        if self.kind == "superres":
+            level = latents.new_zeros(len(latents)) if level is None else level
+            level = per_image(level, latents)
+            noisy = latents if noise is None else (1 - level**2).sqrt() * latents + level * noise
+            return torch.cat([noisy, level.expand_as(latents[:, :1])], 1)
+        return latents
+
+
+def luminance(images: torch.Tensor) -> torch.Tensor:
+    """Grey (N, 1, h, w) of images (N, 1 or 3, h, w): ITU-R 601, like Pillow's mode L."""
+    weights = images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    return images if images.shape[1] == 1 else (images * weights).sum(1, keepdim=True)
+
+
+def resize(images: torch.Tensor, size: Sequence[int], nearest: bool = False) -> torch.Tensor:
+    """Images (N, C, h, w) in [0, 1] at another size, bicubic without aliasing unless `nearest`."""
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    if nearest:
+        return functional.interpolate(images, tuple(size), mode="nearest-exact")
+    return functional.interpolate(images, tuple(size), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def centre(images: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """The largest part around the centre of images (N, C, h, w) that has the shape of `size`."""
+    height, width = images.shape[-2:]
+    scale = min(height / size[0], width / size[1])
+    new_height, new_width = (round(side * scale) for side in size)
+    top, left = (height - new_height) // 2, (width - new_width) // 2
+    return images[..., top : top + new_height, left : left + new_width]
+
+
+def fit(images: torch.Tensor, size: Sequence[int], nearest: bool = False) -> torch.Tensor:
+    """Images (N, C, h, w) in [0, 1] as (N, C, *size): their centre, resized."""
+    return resize(centre(images, size), size, nearest)
+
+
+def to_pixels(image, name: str = "image") -> list[torch.Tensor]:
+    """Pictures of Pillow, arrays, tensors and lists of these as images (1 or 3, h, w), float32 in [0, 1].
+
+    Arrays have the shape (h, w), (h, w, C) or (N, h, w, C), tensors (h, w), (C, h, w) or (N, C, h, w).
+    Transparency is laid on white. ValueError for what is no image.
+    """
+    if isinstance(image, list | tuple):
+        return [pixels for each in image for pixels in to_pixels(each, name)]
+    if isinstance(image, Image.Image):
+        image = _picture_array(image)
+    if isinstance(image, np.ndarray):
+        pixels = torch.from_numpy(np.moveaxis(image, -1, -3).copy() if image.ndim > 2 else image.copy())
+    else:
+        pixels = image
+    if not torch.is_tensor(pixels) or pixels.ndim not in (2, 3, 4):
+        raise ValueError(
+            f"{name} is {type(image).__name__} {getattr(image, 'shape', '')}; wanted a picture of Pillow, an "
+            "array (h, w), (h, w, C) or (N, h, w, C), a tensor (C, h, w) or (N, C, h, w), or a list of these"
+        )
+    if pixels.dtype == torch.uint8:
+        pixels = pixels / 255
+    pixels = pixels.float().reshape(-1, *[1] * (3 - pixels.ndim), *pixels.shape[-3:])
+    if pixels.shape[1] not in (1, 2, 3, 4) or not (pixels.numel() and 0 <= pixels.min() <= pixels.max() <= 1):
+        range_ = f"values from {pixels.min():g} to {pixels.max():g}" if pixels.numel() else "no values"
+        raise ValueError(
+            f"{name} has {pixels.shape[1]} channels and {range_}; wanted 1 to 4 channels of bytes, or of "
+            "numbers from 0 to 1"
+        )
+    if pixels.shape[1] in (2, 4):
+        pixels, alpha = pixels[:, :-1], pixels[:, -1:]
+        pixels = pixels * alpha + (1 - alpha)
+    return list(pixels)
+
+
+def _picture_array(picture: Image.Image) -> np.ndarray:
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        return np.asarray(picture) / 65535
+    if picture.mode != "F":
+        grey = picture.mode in ("1", "L")
+        mode = "RGBA" if picture.has_transparency_data else "L" if grey else "RGB"
+        picture = picture.convert(mode)
+    return np.asarray(picture)
 
 
 # --------------------------------------------------------------------------------------------------- guidance
@@ -389,7 +534,7 @@ def scheduler_prediction(scheduler, objective: Objective, i: int, t, sample, net
 
 # --------------------------------------------------------------------------------------------------- pipeline
 class LDMPipeline(DiffusionPipeline):
-    """Latent diffusion, unconditional, by class or by text, with any scheduler of `SCHEDULERS`.
+    """Latent diffusion, unconditional, by class, text or image, with any scheduler of `SCHEDULERS`.
 
     Args:
         vae: the autoencoder, with `latents_mean` and `latents_std` in its config.
@@ -403,6 +548,7 @@ class LDMPipeline(DiffusionPipeline):
             something to guide to, "guidance_scale".
         text_encoder: of transformers, for a denoiser that takes text; its last hidden states are used.
         tokenizer: the text encoder's; `model_max_length` is the number of tokens that a prompt may have.
+        task: how the image of a call becomes a condition, for a denoiser that was trained so; see `Task`.
 
     >>> pipe = LDMPipeline.from_pretrained("org/model")
     >>> pipe(class_labels=["cat", 3], guidance_scale=1.5).images[0].save("cat.png")
@@ -424,13 +570,20 @@ class LDMPipeline(DiffusionPipeline):
         defaults: dict | None = None,
         text_encoder=None,
         tokenizer=None,
+        task: dict | None = None,
     ):
         super().__init__()
-        self.objective = Objective(objective)
+        self.objective, self.task = Objective(objective), None if task is None else Task(task)
         if vae.config.latent_channels != unet.config.out_channels:
             raise ValueError(
                 f"the autoencoder has latent_channels={vae.config.latent_channels}, but the denoiser has "
                 f"out_channels={unet.config.out_channels}; build one for the other"
+            )
+        wanted = unet.config.out_channels + (self.task.channels(vae.config.latent_channels) if task else 0)
+        if unet.config.in_channels != wanted:
+            raise ValueError(
+                f"the denoiser has in_channels={unet.config.in_channels}, but task={task} wants {wanted}; "
+                "give the task that it was trained for"
             )
         for name, model in {"vae": vae, "unet": unet}.items():
             check_weights(model, name)
@@ -443,7 +596,7 @@ class LDMPipeline(DiffusionPipeline):
         if unknown := set(defaults or {}) - {"num_inference_steps", "guidance_scale"}:
             raise ValueError(f"defaults has {sorted(unknown)}; wanted num_inference_steps, guidance_scale")
         names = _checked_names(id2label, num_classes(unet))
-        self.register_to_config(objective=dict(objective), id2label=names, defaults=defaults)
+        self.register_to_config(objective=dict(objective), id2label=names, defaults=defaults, task=task)
 
     @property
     def denoiser(self):
@@ -559,6 +712,8 @@ class LDMPipeline(DiffusionPipeline):
         self,
         prompt: str | list[str] | None = None,
         class_labels=None,
+        image=None,
+        mask_image=None,
         batch_size: int | None = None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
@@ -583,8 +738,13 @@ class LDMPipeline(DiffusionPipeline):
         Args:
             prompt: a text, or a list of texts, one per image; for a model that takes text.
             class_labels: a name or a number, or a list of them, one per image; None is unconditional.
-            batch_size: number of images; by default that of prompts, labels, generators or latents, or one.
-            num_images_per_prompt: images of each prompt or label, one after the other.
+            image: for a model of a task (`config.task`): a picture of Pillow, an array or tensor in [0, 1],
+                or a list of these, one per image; of any size, of which the centre is used.
+            mask_image: white where inpainting shall repaint, of the image's size. All other pixels of the
+                result are those of the image.
+            batch_size: number of images; by default that of prompts, labels, images, generators or latents,
+                or one.
+            num_images_per_prompt: images of each prompt, label or image, one after the other.
             num_inference_steps: steps of the scheduler; None: what the model's `defaults` say, or 20.
             timesteps, sigmas: a grid of one's own instead, where the scheduler takes it.
             negative_prompt: what guidance leads away from; None is the empty text.
@@ -609,7 +769,9 @@ class LDMPipeline(DiffusionPipeline):
         negative = self._check_text(
             negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask, "negative_"
         )
+        pictures, masks = self._check_images(image, mask_image)
         inputs = {"prompt": text, "negative_prompt": negative, "class_labels": _as_list(class_labels)}
+        inputs |= {"image": pictures, "mask_image": masks}
         others = {
             "batch_size": batch_size,
             "generator": len(generator) if isinstance(generator, list) else None,
@@ -627,11 +789,20 @@ class LDMPipeline(DiffusionPipeline):
         try:
             condition = self._condition(inputs["prompt"], inputs["class_labels"], batch_size)
             null = self._condition(inputs["negative_prompt"], None, batch_size) if asked else condition
+            if self.task:
+                size = latent_shape(self.denoiser)[1:] if latents is None else latents.shape[-2:]
+                size = [side * downsampling(self.vae) for side in size]
+                concat, known, hole = self._image_condition(inputs["image"], inputs["mask_image"], size)
+                condition, null = (replace(each, concat=concat) for each in (condition, null))
             self._set_timesteps(num_inference_steps, timesteps, sigmas)
             start = self._prepare_latents(latents, batch_size, generator), self.scheduler.timesteps
             callback = callback_on_step_end, callback_on_step_end_tensor_inputs
             latents = self.denoise_latents(*start, condition, null, guidance_scale, generator, *callback, eta)
-            images = latents if output_type == "latent" else self._output(self.decode(latents), output_type)
+            if output_type == "latent":
+                images = latents
+            else:
+                images = self.decode(latents)
+                images = self._output(torch.where(hole, images, known) if masks else images, output_type)
         finally:
             self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -712,6 +883,38 @@ class LDMPipeline(DiffusionPipeline):
                 hidden, mask = (torch.stack(each).to(device) for each in zip(*texts, strict=True))
             condition = replace(condition, encoder_hidden_states=hidden, encoder_attention_mask=mask)
         return condition
+
+    def _check_images(self, image, mask_image) -> tuple[list | None, list | None]:
+        """Images and masks as tensors (1 or 3, h, w); ValueError where they and the task do not fit."""
+        if self.task is None and (image is not None or mask_image is not None):
+            raise ValueError("this model takes no image; image editing comes with models of a task")
+        if self.task is None:
+            return None, None
+        masked = self.task.takes_mask
+        if image is None or masked and mask_image is None:
+            wanted = "image and mask_image" if masked else "image"
+            missing = "image" if image is None else "mask_image"
+            raise ValueError(f"{missing} is missing: this model of the task {self.task.kind} wants {wanted}")
+        if mask_image is not None and not masked:
+            raise ValueError(f"mask_image is given, but the task {self.task.kind} takes none; leave it out")
+        return to_pixels(image), to_pixels(mask_image, "mask_image") if masked else None
+
+    def _image_condition(self, images: list, masks: list | None, size: list[int]) -> tuple:
+        """The condition's `concat` of N images, these at `size`, and their holes (N, 1, *size) or None."""
+        for image, mask in zip(images, masks or images, strict=True):
+            if mask.shape[-2:] != image.shape[-2:]:
+                found = tuple(mask.shape[-2:]), tuple(image.shape[-2:])
+                raise ValueError(f"mask_image has height and width {found[0]}, its image has {found[1]}")
+        device, channels = self._execution_device, self.vae.config.in_channels
+        images = [each[None].to(device) for each in images]
+        images = [luminance(x) if channels == 1 else x.expand(-1, channels, -1, -1) for x in images]
+        # A pixel is known only if all that it is made of are.
+        holes = [centre(luminance(mask[None]) >= 0.5, size).float().to(device) for mask in masks or ()]
+        holes = [functional.adaptive_max_pool2d(hole, size) > 0 for hole in holes] or [None] * len(images)
+        shown = [self.task.shown(x, size, hole) for x, hole in zip(images, holes, strict=True)]
+        hole = torch.cat(holes) if masks else None
+        concat = self.task.concat(self.encode(torch.cat(shown)), hole)
+        return concat, torch.cat([fit(x, size) for x in images]), hole
 
     def _prepare_latents(self, latents, batch_size: int, generator) -> torch.Tensor:
         """(N, C, H, W) float32 of the deviation that the scheduler starts from."""
