@@ -16,6 +16,7 @@ from ldm_pipeline import pipeline
 from ldm_pipeline.pipeline import check_weights, denormalize_latents, forget_local_path
 
 WEIGHTS = "diffusion_pytorch_model"
+TEXT_WEIGHTS = "model"  # transformers' name
 AUTOENCODERS = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderDC)}
 # Options of Diffusers' `from_pretrained` of a pipeline that its networks take as they are.
 NETWORK_OPTIONS = ("low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict", "disable_mmap")
@@ -51,7 +52,7 @@ class LDMPipeline(pipeline.LDMPipeline):
         folder = _folder(source, lambda: cls.download(source, **options))
         parts = {}
         for name, kind in cls._stock_classes(folder, options).items():
-            if issubclass(kind, ModelMixin):
+            if hasattr(kind, "save_pretrained") and issubclass(kind, torch.nn.Module):
                 chosen = _network_options(name, folder / name, options)
                 parts[name] = load_strictly(kind, folder / name, **chosen)
         if options.get("quantization_config") or options.get("device_map") == "balanced":
@@ -66,17 +67,24 @@ class LDMPipeline(pipeline.LDMPipeline):
 
     @classmethod
     def _stock_classes(cls, folder: Path, options: dict) -> dict[str, type]:
-        """The classes of the components that are read from `folder`, Diffusers' own ones alone."""
+        """The classes of the components that are read from `folder`: of Diffusers and transformers alone."""
         index, hints, classes = cls.load_config(folder), get_type_hints(cls.__init__), {}
-        for name in [name for name in ("vae", "unet", "scheduler") if name not in options]:
+        wanted = {name: (diffusers, hints[name]) for name in ("vae", "unet", "scheduler")}
+        if any(index.get(name) not in (None, [None, None]) for name in ("text_encoder", "tokenizer")):
+            import transformers  # here, because only models with text need it
+
+            wanted["text_encoder"] = transformers, transformers.PreTrainedModel
+            wanted["tokenizer"] = transformers, transformers.PreTrainedTokenizerBase
+        for name in wanted.keys() - options.keys():
+            home, base = wanted[name]
             library, kind = index.get(name) or (None, None)
-            if options.get("trust_remote_code") and library != "diffusers":
+            if options.get("trust_remote_code") and library != home.__name__:
                 continue  # code of the folder, which answers for itself
-            found = getattr(diffusers, str(kind), None) if library == "diffusers" else None
-            if not (isinstance(found, type) and issubclass(found, hints[name])):
+            found = getattr(home, str(kind), None) if library == home.__name__ else None
+            if not (isinstance(found, type) and issubclass(found, base)):
                 raise ValueError(
-                    f"{folder / cls.config_name}: {name} is {index.get(name)}; wanted {hints[name]} of "
-                    "diffusers (code in the folder is run with trust_remote_code=True alone)"
+                    f"{folder / cls.config_name}: {name} is {index.get(name)}; wanted {base} of "
+                    f"{home.__name__} (code in the folder is run with trust_remote_code=True alone)"
                 )
             classes[name] = found
         return classes
@@ -101,13 +109,16 @@ def _network_options(name: str, folder: Path, options: dict) -> dict:
         dtype = dtype.get(name, dtype.get("default", torch.float32))
     if options.get("device_map") != "balanced":
         chosen["device_map"] = options.get("device_map")
-    if (variant := options.get("variant")) and any(folder.glob(f"{WEIGHTS}.{variant}*")):
+    names = f"{WEIGHTS}.{options.get('variant')}*", f"{TEXT_WEIGHTS}.{options.get('variant')}*"
+    if (variant := options.get("variant")) and any(path for name in names for path in folder.glob(name)):
         chosen["variant"] = variant  # a network without it is read as it is
     return chosen | {"torch_dtype": dtype}
 
 
 def load_strictly(kind: type, folder: Path, **options):
-    """A network of stock class `kind` from a local folder, with all weights of its class and no others.
+    """A network of stock class `kind`, of Diffusers or transformers, from a local folder.
+
+    It has all weights of its class and no others.
 
     Raises:
         ValueError: for weights that are missing, unexpected or misshapen.
@@ -115,21 +126,89 @@ def load_strictly(kind: type, folder: Path, **options):
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing")
-    for path in folder.glob(f"{WEIGHTS}*.index*.json"):  # Diffusers would read other suffixes as pickles
+    for path in folder.glob("*.index*.json"):  # the libraries would read other suffixes as pickles
         shards = read_json(path).get("weight_map", {}).values()
         if bad := sorted({str(n) for n in shards if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(n))}):
             raise ValueError(f"{path}: {bad[:3]} are no names of safetensors files in its folder")
-    level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity(logging.CRITICAL)  # what it would warn of is an error here
-    try:
-        told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # not ignored, but told
-        model, info = kind.from_pretrained(folder, use_safetensors=True, **told, **options)
-    finally:
-        diffusers_logging.set_verbosity(level)
-    info = {what: list(map(str, keys)) for what, keys in info.items() if keys}
+    info = {}
+    model = _load(kind, folder, info, **options)
     if faults := [f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in info.items()]:
         raise ValueError(f"{folder}: the weights are not those of its {kind.__name__}: {'; '.join(faults)}")
     return model
+
+
+def _load(kind: type, folder: Path, info: dict[str, list[str]], **options):
+    """A network of a folder, quietly; `info` gets the names of weights that are not those of its class."""
+    library = diffusers_logging
+    if not issubclass(kind, ModelMixin):
+        from transformers.utils import logging as library  # here, because only models with text need it
+
+        options["dtype"] = options.pop("torch_dtype", None) or torch.float32
+        options.pop("disable_mmap", None)
+    level = library.get_verbosity()
+    library.set_verbosity(logging.CRITICAL)  # what it would warn of is an error here
+    library.disable_progress_bar()
+    try:
+        told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # not ignored, but told
+        model, found = kind.from_pretrained(folder, use_safetensors=True, **told, **options)
+    finally:
+        library.set_verbosity(level)
+        library.enable_progress_bar()
+    info |= {what: sorted(map(str, keys)) for what, keys in found.items() if keys}
+    return model
+
+
+def load_text_encoder(source: str | Path, max_length: int | None = None) -> tuple:
+    """Tokenizer and text encoder of transformers, from a local folder or a Hub id, in float32.
+
+    Of a model of texts and images (CLIP, SigLIP) it is the part for texts, of one that also writes texts (T5)
+    the encoder, of a decoder (Qwen, Gemma) the whole network without its head.
+
+    Args:
+        max_length: tokens of a text, at most; by default as many as both can take, 77 if none has a limit.
+
+    Raises:
+        ValueError: if weights are missing or not finite, or it can take fewer tokens than `max_length`.
+        OSError: if there is no such model, no tokenizer, or no safetensors.
+    """
+    import transformers  # here, because only models with text need it
+
+    names = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    folder = _folder(str(source), lambda: snapshot_download(str(source), allow_patterns=names))
+    read_json(folder / "config.json")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        kind = _text_class(config)
+        info: dict[str, list[str]] = {}
+        model = _load(kind, folder, info).eval().requires_grad_(False)
+    except (ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"{source}: no text encoder of transformers: {error}") from error
+    missing = info.get("missing_keys", []) + info.get("mismatched_keys", [])
+    if absent := [key for key in missing if "pooler" not in key]:
+        raise ValueError(f"{source}: {len(absent)} weights of {kind.__name__} are missing ({absent[:3]})")
+    for key in missing:  # one vector for a whole text, which nothing here reads
+        torch.nn.init.zeros_(model.get_parameter(key))
+    check_weights(model, str(source))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    limits = tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10**9
+    if max_length and max_length > min(limits):
+        raise ValueError(f"{source} takes texts of {min(limits)} tokens, fewer than {max_length}")
+    tokenizer.model_max_length = max_length or (min(limits) if min(limits) < 10**4 else 77)
+    return tokenizer, model
+
+
+def _text_class(config) -> type:
+    """The class of transformers that encodes texts by the weights of such a configuration."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
+
+    name = type(config).__name__.removesuffix("Config").removesuffix("Text")
+    if hasattr(transformers, f"{name}TextModel"):  # of CLIP, SigLIP, ...: some are in no mapping
+        return getattr(transformers, f"{name}TextModel")
+    found = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+    return found or transformers.MODEL_MAPPING[type(config)]
 
 
 def load_autoencoder(source: str | Path) -> AutoencoderKL | AutoencoderDC:

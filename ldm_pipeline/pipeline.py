@@ -245,13 +245,13 @@ def latent_shape(denoiser) -> tuple[int, ...]:
 
 
 # ------------------------------------------------------------------------------------------------------- text
-def tokenize(tokenizer, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def tokenize(tokenizer, text_encoder, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token numbers (N, L) int64 and their mask (N, L) bool, true for real tokens; longer texts are cut.
 
-    A text of no tokens keeps one that pads. SigLIP is the exception: it was trained without a mask, on texts
-    that are padded to its full length.
+    A text of no tokens keeps one that pads. SigLIP was trained without a mask, on texts padded to its full
+    length, and gets them so.
     """
-    whole = "siglip" in str(tokenizer.init_kwargs.get("tokenizer_class", type(tokenizer).__name__)).lower()
+    whole = text_encoder.config.model_type.startswith("siglip")
     options = {"padding": "max_length" if whole else True, "truncation": True, "return_tensors": "pt"}
     tokens = tokenizer(texts, return_attention_mask=True, padding_side="right", **options)
     ids, mask = tokens["input_ids"].long(), tokens["attention_mask"].bool() | whole
@@ -812,7 +812,8 @@ class LDMPipeline(DiffusionPipeline):
         """Encoded texts (N, L, D) and their mask (N, L): the arguments `prompt_embeds` and
         `prompt_attention_mask` of a call."""
         texts = _as_list(prompt)
-        ids, mask = (each.to(self._execution_device) for each in tokenize(self.tokenizer, texts))
+        tokens = tokenize(self.tokenizer, self.text_encoder, texts)
+        ids, mask = (each.to(self._execution_device) for each in tokens)
         if any(len(self.tokenizer(text)["input_ids"]) > ids.shape[1] for text in texts):
             logger.warning(f"a prompt has more than {ids.shape[1]} tokens; the rest is not read")
         return encode_tokens(self.text_encoder, ids, mask), mask

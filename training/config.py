@@ -89,6 +89,9 @@ class DataConfig:
     label_column: Text | None = option(None, basic=True, ignored_if=("dataset", "digits"))
     """Column of the class labels (ClassLabel, integers or names). Default: found by type or a usual name; a
     dataset without one is unlabelled."""
+    caption_column: Text | None = option(None, ignored_if=("dataset", "digits"))
+    """Column of the captions (texts or lists of texts), for --denoiser.text_encoder. Default: found by name
+    (text, caption, captions, prompt, description), or files .txt beside images of the same name."""
     resolution: Pixels = option(32, basic=True)
     """Height and width in pixels. The shorter side is resized to it, then the centre is cropped."""
     channels: Literal[1, 3] = option(3, basic=True)
@@ -217,6 +220,19 @@ class DenoiserConfig(OptimizationConfig):
     """Whether labels are a condition. Default: if the dataset has them."""
     label_dropout: Share = option(0.1, ignored_if=("class_conditional", False))
     """Share of the images trained with the null class, for classifier-free guidance (arXiv:2207.12598)."""
+    text_encoder: Text | None = option(None, basic=True)
+    """Captions are a condition, encoded by this text encoder of transformers, a local folder or Hub id such
+    as google-t5/t5-small or openai/clip-vit-base-patch32, which is not trained. "words" is a small encoder
+    with a vocabulary of its own, trained with the denoiser: for data of few different words."""
+    text_max_length: PositiveInt | None = option(None, ignored_if=("text_encoder", None))
+    """Tokens of a caption, at most. Default: as many as the encoder takes, 77 if it has no limit."""
+    cut_captions: bool = option(False, ignored_if=("text_encoder", None))
+    """Cut captions of more tokens, which are an error otherwise."""
+    text_dropout: Share = option(0.1, ignored_if=("text_encoder", None))
+    """Share of the images trained with the empty caption, for classifier-free guidance. With classes too,
+    half of the smaller of both shares lose caption and class."""
+    cross_attention_dim: PositiveInt = option(256, ignored_if=("text_encoder", None))
+    """Width to which encoded captions are projected, for the attention of the denoiser."""
     prediction_type: Literal["epsilon", "v_prediction", "flow_prediction"] = "flow_prediction"
     """What the network predicts: the noise, velocity (arXiv:2202.00512) or flow (arXiv:2209.03003)."""
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = option(
@@ -237,8 +253,8 @@ class DenoiserConfig(OptimizationConfig):
     """Clamp of min-SNR."""
     sample_steps: SamplingSteps = free(20)
     """Inference steps of the grids, and the default of the finished pipeline."""
-    guidance_scale: Finite = free(1.5, ignored_if=("class_conditional", False))
-    """Guidance scale of the class-conditional grids, and the default of the finished pipeline; 1 is off."""
+    guidance_scale: Finite = free(1.5)
+    """Guidance scale of grids by class or caption, and the default of the finished pipeline; 1 is off."""
     evaluate_every: NonNegativeInt = free(0)
     """Steps between two evaluations of samples of the EMA weights by --evaluation.features; 0: none."""
     evaluate_samples: Samples = free(1000, ignored_if=("evaluate_every", 0))

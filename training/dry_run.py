@@ -5,13 +5,12 @@ import time
 import torch
 from torch import nn
 
-from ldm_pipeline.pipeline import Condition
 from training.config import OptimizationConfig
 from training.data.order import batch_flips, batch_indices
 from training.evaluation.plots import save_grid
 from training.losses.autoencoder import AutoencoderLoss
 from training.losses.denoising import DenoisingLoss
-from training.networks import new_autoencoder, new_denoiser
+from training.networks import blank_condition, new_autoencoder, new_denoiser, text_width_of
 from training.runtime.ema import EMA
 from training.runtime.optimization import build_optimizer
 from training.runtime.run import Run
@@ -49,8 +48,9 @@ def _measure(run: Run, name: str, config: OptimizationConfig, shape: tuple[int, 
         images = torch.randn(part, run.config.data.channels, size, size, device=run.device)
         arguments = (images, noise)
     else:
-        module = DenoisingLoss(new_denoiser(run.config, run.data, shape), config).to(run.device)
-        condition = Condition.null(module.unet, part, run.device)
+        width = text_width_of(config, run.text)
+        module = DenoisingLoss(new_denoiser(run.config, run.data, shape, width), config).to(run.device)
+        condition = blank_condition(module.unet, part, run.device)
         times = torch.full((part,), 500, device=run.device)
         arguments = (noise, noise, times, condition)
     seconds, activations = _time_step(run, module, config, arguments)

@@ -5,6 +5,7 @@ if __name__ == "__main__":  # first, so that a typo is answered before torch is 
 
     CONFIG = command_line("latents")
 
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,15 @@ from tqdm import tqdm
 from ldm_pipeline.loading import load_autoencoder
 from ldm_pipeline.pipeline import set_latent_statistics
 from training.config import RunError
+from training.data.captions import (
+    SHARD_SIZE,
+    caption_shards,
+    captions_sha256,
+    encode_captions,
+    unique_captions,
+)
 from training.data.latents import channel_statistics, encode, shard_problem
+from training.evaluation.features import weights_sha256
 from training.runtime.atomic import discard, file_sha256, read_json, write_bytes, write_json, write_tensors
 from training.runtime.run import Run
 from training.runtime.signals import leave_signals_to_parent
@@ -36,7 +45,7 @@ def latents_stand(run: Run) -> str | None:
     plan = plan_shards(run, load_autoencoder(run.folder / "autoencoder"))
     if any(shard_problem(folder / shard.name, shard.shapes) for shard in plan):
         return None
-    return f"{folder} stands"
+    return f"{folder} stands" if run.text is None or captions_stand(run, folder) else None
 
 
 def encode_latents(run: Run) -> None:
@@ -55,6 +64,8 @@ def encode_latents(run: Run) -> None:
     begun = time.perf_counter()
     autoencoder.to(run.device).eval()
     encode_shards(run, autoencoder, folder, plan)
+    if run.text is not None:
+        cache_captions(run, folder)
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         names = {split: [s.name for s in plan if s.split == split] for split in ("train", "held_out")}
@@ -167,6 +178,47 @@ def _encode_images(run: Run, autoencoder: nn.Module, images, indices: range) -> 
         if "class_labels" in batch:
             moments["class_labels"].append(batch["class_labels"])
     return {name: torch.cat(values) for name, values in moments.items() if values}
+
+
+def captions_key(run: Run, unique: list[str]) -> dict:
+    """The cache key of encoded captions."""
+    tokenizer, encoder = run.text
+    words = run.config.denoiser.text_encoder == "words"
+    return {
+        "text encoder": "words" if words else weights_sha256(encoder),
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "longest caption": tokenizer.model_max_length,
+        "captions": captions_sha256(unique),
+    }
+
+
+def captions_stand(run: Run, folder: Path) -> bool:
+    """Whether the captions are encoded, by the present text encoder."""
+    unique, path = unique_captions(run.data), folder / "captions.json"
+    whole = all(shard.exists() for shard in caption_shards(folder, unique))
+    return whole and path.exists() and read_json(path) == captions_key(run, unique)
+
+
+def cache_captions(run: Run, folder: Path) -> None:
+    """Encode every caption once, or turn it into token numbers for an encoder that is still to be trained."""
+    unique, words = unique_captions(run.data), run.config.denoiser.text_encoder == "words"
+    key, path, shards = captions_key(run, unique), folder / "captions.json", caption_shards(folder, unique)
+    if run.accelerator.is_main_process and (not path.exists() or read_json(path) != key):
+        for stale in folder.glob("captions-*"):
+            discard(stale)
+        write_json(path, key)
+    run.accelerator.wait_for_everyone()
+    tokenizer, encoder = run.text
+    encoder.to(run.device)
+    missing = [number for number, shard in enumerate(shards) if not shard.exists()]
+    run.accelerator.wait_for_everyone()  # all processes have the same list before the first shard is written
+    processes, rank = run.accelerator.num_processes, run.accelerator.process_index
+    for first in range(0, len(missing), processes):
+        for number in missing[first : first + processes][rank:][:1]:
+            texts, size = unique[number * SHARD_SIZE :][:SHARD_SIZE], run.config.latents.batch_size
+            write_tensors(shards[number], encode_captions(texts, tokenizer, encoder, size, ids_only=words))
+        run.interruption.check()
+    run.print(f"captions: {len(unique) - 1:,} different ones, encoded once each")
 
 
 def _short(values: Tensor) -> str:

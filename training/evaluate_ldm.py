@@ -15,8 +15,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ldm_pipeline.loading import LDMPipeline
-from ldm_pipeline.pipeline import latent_shape, num_classes
+from ldm_pipeline.pipeline import latent_shape, num_classes, text_width
 from training.config import RunError
+from training.data.captions import cached_captions
+from training.data.conditions import Conditions
 from training.data.latents import LatentDataset, encode
 from training.evaluation.checks import measured_before
 from training.evaluation.features import (
@@ -30,7 +32,13 @@ from training.evaluation.memorization import memorization
 from training.evaluation.metrics import MIN_SAMPLES, FrechetDistance, Reference, metric_name
 from training.evaluation.plots import to_uint8
 from training.evaluation.report import circumstances, protocol_of, report
-from training.evaluation.samples import SampleMetrics, Sampler, SamplingSettings, pipeline_sha256
+from training.evaluation.samples import (
+    SampleMetrics,
+    Sampler,
+    SamplingSettings,
+    new_sampler,
+    pipeline_sha256,
+)
 from training.evaluation.store import BatchStore, cache_key
 from training.evaluation.sweep import configured_settings, save_defaults, sweep
 from training.evaluation.validation import inference, lpips_alex, reconstruction_metrics, validation_loss
@@ -58,8 +66,13 @@ def evaluation_key(run: Run, pipeline: LDMPipeline) -> dict:
 
 def settings_of(run: Run, pipeline: LDMPipeline) -> list[SamplingSettings]:
     """The settings to measure, the pipeline's own where the options say nothing else."""
-    own, conditional = SamplingSettings.of_pipeline(pipeline), num_classes(pipeline.denoiser) > 0
+    own, conditional = SamplingSettings.of_pipeline(pipeline), is_guidable(pipeline)
     return configured_settings(run.config.evaluation, pipeline.objective.config, own, conditional)
+
+
+def is_guidable(pipeline: LDMPipeline) -> bool:
+    """Whether the pipeline has classes or text to guide to."""
+    return num_classes(pipeline.denoiser) > 0 or text_width(pipeline.denoiser) > 0
 
 
 def evaluate(run: Run) -> None:
@@ -69,8 +82,7 @@ def evaluate(run: Run) -> None:
     """
     config, pipeline = run.config.evaluation, open_pipeline(run)
     key, settings = evaluation_key(run, pipeline), settings_of(run, pipeline)
-    labels = run.data.train.labels
-    sampler = Sampler(pipeline, run.accelerator, run.config.seed, config.batch_size, labels)
+    sampler = new_sampler(run, pipeline)
     store = BatchStore(run.accelerator, run.folder / "evaluation", config.batch_size, run.interruption)
     missing = why_unavailable(run.accelerator, config.features) if config.num_samples else None
     network = load_network(config.features) if config.num_samples and not missing else None
@@ -79,8 +91,11 @@ def evaluate(run: Run) -> None:
     if config.pipeline is None:
         folder, resident = run.folder / "latents", run.config.latents.resident
         held_out = LatentDataset(folder, "held_out", pipeline.vae, run.device, resident)
+        text = pipeline.components["text_encoder"]
+        captions = text and cached_captions(run.data, "held_out", folder, run.device, resident)
+        conditions = Conditions(held_out, pipeline.denoiser, captions, text)
         results |= validation_loss(
-            run.accelerator, pipeline.denoiser, pipeline.objective, held_out,
+            run.accelerator, pipeline.objective, conditions,
             limit=config.num_images, batch_size=config.batch_size, seed=run.config.seed,
         )  # fmt: skip
     best = settings[0]
@@ -117,6 +132,8 @@ def open_pipeline(run: Run) -> LDMPipeline:
             advice = "Delete it, and training/train_ldm.py writes it again from the last checkpoint"
             what, advice = (f"--evaluation.pipeline {given}", "") if given else (own, f"\n{advice}")
             raise RunError(f"{what} cannot be loaded: {error}{advice}") from error
+    if text_width(pipeline.denoiser) and run.data.held_out.captions is None:
+        raise RunError(f"{source} takes text, but no captions are known: name them by --data.caption_column")
     classes, names = num_classes(pipeline.denoiser), run.data.id2label
     if classes and names and classes != len(names):
         raise RunError(
@@ -185,7 +202,7 @@ def measure_samples(
         settings = sweep(metrics, all_settings, count, protocol, run.folder / "sweep")
         if config.save_best:
             folder = run.folder / "pipeline"
-            run.once(save_defaults, folder, settings, num_classes(sampler.pipeline.denoiser) > 0)
+            run.once(save_defaults, folder, settings, is_guidable(sampler.pipeline))
             run.print(f"{folder} now samples with {json.dumps(settings.describe())}")
     samples, labels = metrics.features(settings, count), sampler.class_labels(range(count))
     if config.save_samples and run.accelerator.is_main_process:
@@ -215,6 +232,8 @@ def summary(run: Run) -> str:
     """Where the results are, and how to use them."""
     names = LDMPipeline.load_config(run.folder / "pipeline")["id2label"]
     label = f"class_labels={json.dumps(next(iter(names.values())))}" if names else ""
+    if run.text:
+        label = json.dumps(run.data.held_out.captions[0][0], ensure_ascii=False)
     return "\n".join([
         f"grid:     {run.folder / 'samples' / 'samples.png'}",
         f"metrics:  {run.folder / 'metrics.json'}",

@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, UNet2DModel
+from diffusers import AutoencoderDC, AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from torch import nn
 
-from ldm_pipeline.loading import AUTOENCODERS, load_autoencoder
+from ldm_pipeline.loading import AUTOENCODERS, load_autoencoder, load_text_encoder
 from ldm_pipeline.models import build_autoencoder, build_unet
-from ldm_pipeline.pipeline import Condition, denoise
-from training.config import Config, OptimizationConfig, RunError
+from ldm_pipeline.pipeline import Condition, denoise, encode_tokens, text_width, tokenize
+from training.config import Config, DenoiserConfig, OptimizationConfig, RunError
+from training.data.captions import WORDS_WIDTH
 from training.data.images import ImageData
 from training.data.latents import encode
 
@@ -26,10 +29,13 @@ def new_autoencoder(config: Config) -> AutoencoderKL | AutoencoderDC:
     )
 
 
-def new_denoiser(config: Config, data: ImageData | None, latent_shape: tuple[int, int, int]) -> UNet2DModel:
+def new_denoiser(
+    config: Config, data: ImageData | None, latent_shape: tuple[int, int, int], text_width: int | None
+) -> UNet2DModel | UNet2DConditionModel:
     """The untrained U-Net of latents `latent_shape` = (C, h, w); equal seeds give equal weights.
 
-    It has the classes of `data`, unless there are none or `--denoiser.class_conditional false`.
+    It has the classes of `data`, unless there are none or `--denoiser.class_conditional false`, and reads
+    encoded text of `text_width`.
     """
     torch.manual_seed(config.seed + 1)
     stage = config.denoiser
@@ -43,12 +49,41 @@ def new_denoiser(config: Config, data: ImageData | None, latent_shape: tuple[int
         stage.norm_groups,
         stage.dropout,
         len(data.id2label) if data is not None and is_conditional(config, data) else None,
+        text_width,
+        stage.cross_attention_dim,
     )
 
 
 def is_conditional(config: Config, data: ImageData) -> bool:
     """Whether the denoiser is told the images' classes: there are some, and the configuration wants them."""
     return data.id2label is not None and config.denoiser.class_conditional is not False
+
+
+def pretrained_text_encoder(config: DenoiserConfig) -> tuple | None:
+    """Tokenizer and text encoder of `--denoiser.text_encoder`, None if it names none to load."""
+    source = config.text_encoder
+    if source in (None, "words"):
+        return None
+    try:
+        return load_text_encoder(source, config.text_max_length)
+    except (OSError, ValueError) as error:
+        raise RunError(f"--denoiser.text_encoder {source} cannot be used: {error}") from error
+
+
+def text_width_of(config: DenoiserConfig, text: tuple | None) -> int | None:
+    """Width D of the encoded text `(N, L, D)`, or None; `text`: tokenizer and encoder, if they are loaded."""
+    if text:
+        return encode_tokens(text[1], *tokenize(*text, [""])).shape[-1]
+    return WORDS_WIDTH if config.text_encoder else None
+
+
+def blank_condition(denoiser: nn.Module, count: int, device=None) -> Condition:
+    """A condition of the shapes that the denoiser takes, of zeros, to try it without data."""
+    condition = Condition.null(denoiser, count, device)
+    if width := text_width(denoiser):
+        text = torch.zeros(count, 8, width, device=device), torch.ones(count, 8, dtype=bool, device=device)
+        condition = replace(condition, encoder_hidden_states=text[0], encoder_attention_mask=text[1])
+    return condition
 
 
 def pretrained_autoencoder(config: Config) -> AutoencoderKL | AutoencoderDC:
@@ -60,8 +95,13 @@ def pretrained_autoencoder(config: Config) -> AutoencoderKL | AutoencoderDC:
         raise RunError(f"--autoencoder.pretrained {source} cannot be loaded: {error}") from error
 
 
-def check_networks(config: Config, num_processes: int) -> tuple[AutoencoderKL | AutoencoderDC, UNet2DModel]:
+def check_networks(
+    config: Config, num_processes: int, text_width: int | None
+) -> tuple[AutoencoderKL | AutoencoderDC, UNet2DModel | UNet2DConditionModel]:
     """Build both networks on the meta device and pass an image through, before any data is read.
+
+    Args:
+        text_width: see `new_denoiser`.
 
     Returns:
         Autoencoder and denoiser (of no classes) without memory for their weights.
@@ -93,8 +133,8 @@ def check_networks(config: Config, num_processes: int) -> tuple[AutoencoderKL | 
                 "--data.resolution"
             )
         with _naming_options(config, "denoiser", "widths attention attention_head_dim norm_groups"):
-            denoiser = new_denoiser(config, None, tuple(latents.shape[1:]))
-            _expect(denoise(denoiser, latents, torch.zeros(1), Condition.null(denoiser, 1)), latents)
+            denoiser = new_denoiser(config, None, tuple(latents.shape[1:]), text_width)
+            _expect(denoise(denoiser, latents, torch.zeros(1), blank_condition(denoiser, 1)), latents)
     return autoencoder, denoiser
 
 

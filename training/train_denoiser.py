@@ -6,20 +6,21 @@ if __name__ == "__main__":  # first, so that a typo is answered before torch is 
     CONFIG = command_line("denoiser")
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from ldm_pipeline.loading import LDMPipeline, load_autoencoder
 from ldm_pipeline.models import build_scheduler
-from ldm_pipeline.pipeline import num_classes
+from ldm_pipeline.pipeline import latent_shape, num_classes, text_width
 from training.config import DenoiserConfig, RunError
-from training.data.conditions import cached_condition
+from training.data.captions import CaptionDataset, cached_captions, words_encoder
+from training.data.conditions import Conditions
+from training.data.images import SPLITS
 from training.data.latents import LatentDataset
 from training.data.order import batch_flips, batch_indices, batch_slices, seeded_generator
-from training.evaluation.samples import Sampler, SamplingSettings, start_monitor
+from training.evaluation.samples import SamplingSettings, new_sampler, start_monitor
 from training.evaluation.validation import validation_loss
 from training.losses.denoising import DenoisingLoss, sample_timesteps, stratified
-from training.networks import new_denoiser
+from training.networks import new_denoiser, text_width_of
 from training.runtime.atomic import read_json, replacing
 from training.runtime.checkpoints import Checkpoints
 from training.runtime.distributed import prepare, seed_dropout, use_global_dropout, whole
@@ -63,13 +64,23 @@ def train_denoiser(run: Run) -> None:
     autoencoder = load_autoencoder(run.folder / "autoencoder").to(device).eval()
     latents, held_out = (
         LatentDataset(run.folder / "latents", split, autoencoder, device, run.config.latents.resident)
-        for split in ("train", "held_out")
+        for split in SPLITS
     )
+    captions, held_out_captions = None, None
+    if run.text is not None:
+        cache = run.folder / "latents", device, run.config.latents.resident
+        captions, held_out_captions = (cached_captions(run.data, split, *cache) for split in SPLITS)
     check_scale(run, latents)
 
     # Network with its loss, and the pipeline that samples with it.
-    trained = DenoisingLoss(new_denoiser(run.config, run.data, latents.shape), config).to(device)
+    words = run.text[1] if config.text_encoder == "words" else None
+    width = text_width_of(config, run.text)
+    network = new_denoiser(run.config, run.data, latents.shape, width)
+    trained = DenoisingLoss(network, config, words).to(device)
     unet, dropouts = trained.unet, use_global_dropout(trained.unet)
+    tokenizer, text_encoder = run.text or (None, None)
+    conditions = Conditions(latents, unet, captions)
+    held_out = Conditions(held_out, unet, held_out_captions, text_encoder)
     pipeline = LDMPipeline(
         autoencoder,
         unet,
@@ -77,17 +88,19 @@ def train_denoiser(run: Run) -> None:
         trained.objective.config,
         run.data.id2label if num_classes(unet) else None,
         default_arguments(config, unet),
+        None if text_encoder is None else text_encoder.to(device),
+        tokenizer,
     )
     size, pictures = run.config.evaluation.batch_size, run.folder / "samples"
-    sampler = Sampler(pipeline, accelerator, seed, size, run.data.train.labels)
+    sampler = new_sampler(run, pipeline)
     settings = SamplingSettings.of_pipeline(pipeline)
 
     # Optimizer, wrapped for several processes; resume.
     if config.compile:
         unet.compile()
     optimizer = build_optimizer(config, trained)
-    model = prepare(accelerator, trained, unet, optimizer)
-    ema = EMA(unet, config.ema_fraction, config.ema_half_life)
+    model = prepare(accelerator, trained, [unet] if words is None else [unet, words], optimizer)
+    ema = EMA(trained.networks, config.ema_fraction, config.ema_half_life)
     checkpoints = Checkpoints(folder, {"model": trained, "ema": ema, "optimizer": optimizer}, config)
     record = checkpoints.restore(accelerator)
     _check_key(run, record.get("latents", key), key)
@@ -99,14 +112,14 @@ def train_denoiser(run: Run) -> None:
     for step in range(record["step"], config.max_steps):
         # Learning rate, and all that is random.
         optimizer.param_groups[0]["lr"] = config.learning_rate_at(step)
-        batch = random_batch(run, latents, step)
+        batch = random_batch(run, latents, captions, step)
 
         # Gradients, part by part.
         for rows in slices:
             seed_dropout(dropouts, seed, step, rows)
             indices, flips, noise = (batch[name][rows] for name in ("indices", "flips", "posterior_noise"))
             clean = log.wait(latents.batch, indices, flips, noise)
-            condition = cached_condition(latents, unet, indices, batch["dropped"][rows])
+            condition = conditions.training_batch(batch, rows, config)
             with gradient_sync(accelerator, model, last=rows is slices[-1]):
                 loss, errors = model(clean, batch["noise"][rows], batch["timesteps"][rows], condition)
                 accelerator.backward(nan_if_nonfinite(loss) / parts)
@@ -123,7 +136,7 @@ def train_denoiser(run: Run) -> None:
             if log.due(config.validate_every):
                 with ema.swapped():
                     objective = trained.objective
-                    log.write(validation_loss(accelerator, unet, objective, held_out, 1024, size, seed))
+                    log.write(validation_loss(accelerator, objective, held_out, 1024, size, seed))
             if log.due(config.sample_every):
                 sampler.save_grid(settings, pictures / f"denoiser-{step + 1:07d}-raw.png")
                 with ema.swapped():
@@ -169,12 +182,15 @@ def check_scale(run: Run, latents: LatentDataset) -> None:
     run.print(f"latents: normalised deviation {deviation:.3f}")
 
 
-def random_batch(run: Run, latents: LatentDataset, step: int) -> dict[str, Tensor]:
+def random_batch(
+    run: Run, latents: LatentDataset, captions: CaptionDataset | None, step: int
+) -> dict[str, Tensor]:
     """Everything random in the global batch of `step`, as a function of (seed, step).
 
     Returns:
-        By name, a tensor with one row per image: "indices", "flips", "timesteps" and "dropped" (conditions)
-        `(N,)`, "posterior_noise" and "noise" `(N, C, ...)`. Indices and flips are on the CPU.
+        By name, a tensor with one row per image: "indices", "flips", "timesteps" and "dropped" (uniform
+        numbers that decide which conditions are dropped) `(N,)`, "posterior_noise" and "noise" `(N, C, ...)`;
+        with captions the numbers "captions" `(N,)`. Indices, flips and captions are on the CPU.
     """
     config, seed, device = run.config.denoiser, run.config.seed, run.device
     count = config.batch_size
@@ -183,11 +199,15 @@ def random_batch(run: Run, latents: LatentDataset, step: int) -> dict[str, Tenso
     posterior_noise, noise = (
         torch.randn(count, *latents.shape, generator=generator, device=device) for _ in range(2)
     )
-    return {
-        "indices": batch_indices(seed, step, count, len(latents)),
+    indices = batch_indices(seed, step, count, len(latents))
+    drawn = {}
+    if captions is not None:
+        drawn["captions"] = captions.draw(indices, torch.rand(count, generator=generator, device=device))
+    return drawn | {
+        "indices": indices,
         "flips": batch_flips(seed, step, count).long(),
         "timesteps": sample_timesteps(config, stratified(uniform)),
-        "dropped": dropped < config.label_dropout,
+        "dropped": dropped,
         "posterior_noise": posterior_noise,
         "noise": noise,
     }
@@ -195,7 +215,7 @@ def random_batch(run: Run, latents: LatentDataset, step: int) -> dict[str, Tenso
 
 def default_arguments(config: DenoiserConfig, unet: nn.Module) -> dict:
     """Default sampling arguments that are saved with the pipeline."""
-    guidance = {"guidance_scale": config.guidance_scale} if num_classes(unet) else {}
+    guidance = {"guidance_scale": config.guidance_scale} if num_classes(unet) or text_width(unet) else {}
     return {"num_inference_steps": config.sample_steps} | guidance
 
 
@@ -203,17 +223,24 @@ def save_pipeline(run: Run, pipeline: LDMPipeline, ema: EMA) -> None:
     """Write the pipeline folder with the denoiser's EMA weights, whole or not at all."""
     averages = {name: whole(value).cpu() for name, value in ema.state_dict().items()}
     if run.accelerator.is_main_process:
-        with torch.device("meta"):
-            unet = UNet2DModel.from_config(pipeline.unet.config)  # the trained one may be in shards
-        unet.load_state_dict(averages, assign=True)
-        parts = {**pipeline.components, "unet": unet}
+        with torch.device("meta"):  # the trained ones may be in shards
+            shape, width = latent_shape(pipeline.unet), text_width(pipeline.unet) or None
+            trained = {"unet": new_denoiser(run.config, run.data, shape, width)}
+            if run.config.denoiser.text_encoder == "words":
+                trained["text_encoder"] = words_encoder(run.config.denoiser, run.data, 0)[1]
+        for name, part in trained.items():
+            own = {key.removeprefix(f"{name}."): value for key, value in averages.items()
+                   if len(trained) == 1 or key.startswith(f"{name}.")}  # fmt: skip
+            part.load_state_dict(own, assign=True)
+        parts = pipeline.components | trained
         averaged = LDMPipeline(
             **parts,
             objective=pipeline.config.objective,
             id2label=pipeline.config.id2label,
             defaults=pipeline.config.defaults,
         )
-        size = sum(p.nbytes for part in (averaged.vae, unet) for p in part.parameters())
+        networks = [part for part in parts.values() if isinstance(part, nn.Module)]
+        size = sum(p.nbytes for part in networks for p in part.parameters())
         with replacing(run.folder / "pipeline", size) as aside:
             averaged.save_pretrained(aside)
     run.accelerator.wait_for_everyone()

@@ -10,6 +10,7 @@ from datasets import Image as ImageFeature
 from training.config import DataConfig, RunError
 
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_label", "target", "category", "cls")
+CAPTION_NAMES = ("text", "caption", "captions", "prompt", "description")
 CLASS_TYPES = re.compile("u?int(8|16|32|64)|bool|(large_)?string")
 MAX_CLASSES = 100_000
 
@@ -46,11 +47,41 @@ def label_column(features: Features, config: DataConfig) -> str | None:
     return chosen
 
 
+def caption_column(features: Features, config: DataConfig) -> str:
+    """The column of captions, texts or lists of texts, by its name. RunError if there is none or several."""
+    possible = [name for name, feature in features.items() if _is_text(getattr(feature, "feature", feature))]
+    found = [name for name in possible if name.lower() in CAPTION_NAMES]
+    chosen = _choose(features, "caption_column", config.caption_column, found, possible)
+    if chosen is None:
+        raise RunError(
+            f"--denoiser.text_encoder wants captions, but no column is named {', '.join(CAPTION_NAMES)}: "
+            f"{_listing(features)}. Name it by --data.caption_column, or put a .txt file beside each image"
+        )
+    return chosen
+
+
+def captions(rows: Dataset, column: str, split: str) -> list[tuple[str, ...]]:
+    """The captions of every row, at least one each. RunError if a row has none that is not blank."""
+    found = [[value] if isinstance(value, str) else value or [] for value in _column_values(rows, column)]
+    found = [tuple(text for text in map(str.strip, filter(None, texts)) if text) for texts in found]
+    if empty := [row for row, texts in enumerate(found) if not texts]:
+        raise RunError(
+            f"{len(empty)} of {len(found)} images of {split!r} have no caption in column {column!r}; the "
+            f"first is row {empty[0]}: write captions, leave these images out, or choose another column "
+            "(--data.caption_column)"
+        )
+    return found
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, Value) and "string" in feature.dtype
+
+
 def _choose(
     features: Features, option: str, wanted: str | None, found: list[str], possible: list[str]
 ) -> str | None:
     """The column `wanted`, which must be among `possible`, else the only one of `found`, or None."""
-    content = {"image_column": "images", "label_column": "classes"}[option]
+    content = {"image_column": "images", "label_column": "classes", "caption_column": "captions"}[option]
     if wanted is not None and wanted not in possible:
         raise RunError(f"--data.{option} {wanted!r} is no column of {content}; found: {_listing(features)}")
     if wanted is None and len(found) > 1:

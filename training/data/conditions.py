@@ -1,26 +1,90 @@
 """Conditions of images in the latent cache, dropped for classifier-free guidance."""
 
+from dataclasses import dataclass, replace
+
+import torch
 from torch import Tensor, nn
 
-from ldm_pipeline.pipeline import Condition, num_classes
+from ldm_pipeline.pipeline import Condition, encode_tokens, num_classes
+from training.config import DenoiserConfig
+from training.data.captions import CaptionDataset
 from training.data.latents import LatentDataset
 
 
-def cached_condition(
-    latents: LatentDataset, denoiser: nn.Module, indices: Tensor, dropped: Tensor | None = None
-) -> Condition:
-    """The condition of images `indices` `(N,)`, empty if the denoiser takes none.
+@dataclass(frozen=True)
+class Conditions:
+    """The conditions of the images of one split.
 
     Args:
-        latents: the cache that holds the class labels.
+        latents: has the classes.
         denoiser: decides which conditions there are.
-        indices: images of `latents`.
-        dropped: bool `(N,)` on the denoiser's device; where true, the image gets the null condition
-            (classifier-free guidance, arXiv:2207.12598). None drops nothing.
+        captions: of a denoiser that takes text.
+        text_encoder: encodes captions that are cached as token numbers; None leaves that to the loss, which
+            trains the encoder.
     """
-    if not num_classes(denoiser):
-        return Condition()
-    condition = Condition(class_labels=latents.class_labels(indices))
-    if dropped is None:
-        return condition
-    return condition.drop(dropped, Condition.null(denoiser, len(indices), dropped.device))
+
+    latents: LatentDataset
+    denoiser: nn.Module
+    captions: CaptionDataset | None = None
+    text_encoder: nn.Module | None = None
+
+    def batch(self, indices: Tensor, captions: Tensor | None = None, length: int | None = None) -> Condition:
+        """The condition of images `indices` `(N,)`.
+
+        Args:
+            captions: numbers `(N,)` of the images' captions, as `CaptionDataset.draw` gives them. Default:
+                the first ones.
+            length: tokens to which the captions are padded. Default: the longest one's.
+        """
+        if num_classes(self.denoiser):
+            condition = Condition(class_labels=self.latents.class_labels(indices))
+        else:
+            condition = Condition()
+        if self.captions is None:
+            return condition
+        if captions is None:
+            captions = self.captions.draw(indices, torch.zeros(len(indices)))
+        return self._with_text(condition, captions, length or self.captions.longest(captions))
+
+    def training_batch(self, batch: dict[str, Tensor], rows: slice, config: DenoiserConfig) -> Condition:
+        """The condition of some rows of a global batch, `random_batch` of train_denoiser.py, with dropout."""
+        indices, text = batch["indices"][rows], ()
+        if self.captions is not None:
+            text = batch["captions"][rows], self.captions.longest(batch["captions"])  # equal on all processes
+        null = self.null(len(indices), *text[1:])
+        return drop(self.batch(indices, *text), null, batch["dropped"][rows], config)
+
+    def null(self, count: int, length: int | None = None) -> Condition:
+        """The condition of `count` images that says nothing; `length` as for `batch`."""
+        condition = Condition.null(self.denoiser, count, self.latents.device)
+        if self.captions is None:
+            return condition
+        empty = torch.zeros(count, dtype=torch.int64)
+        return self._with_text(condition, empty, length or self.captions.longest(empty))
+
+    def _with_text(self, condition: Condition, captions: Tensor, length: int) -> Condition:
+        tokens, mask = self.captions.batch(captions, length)
+        if self.text_encoder is not None and not tokens.is_floating_point():
+            tokens = encode_tokens(self.text_encoder, tokens, mask)
+        return replace(condition, encoder_hidden_states=tokens, encoder_attention_mask=mask)
+
+
+def drop(condition: Condition, null: Condition, uniform: Tensor, config: DenoiserConfig) -> Condition:
+    """The condition with classes and captions dropped (classifier-free guidance, arXiv:2207.12598).
+
+    Each is dropped in its share of the images; half of the smaller share loses both, as guidance needs it.
+
+    Args:
+        null: the condition that says nothing, of the same shapes.
+        uniform: numbers `(N,)` in [0, 1).
+    """
+    classes, text = condition.class_labels is not None, condition.encoder_hidden_states is not None
+    label_share = config.label_dropout if classes else 0.0
+    text_share = config.text_dropout if text else 0.0
+    both = min(label_share, text_share) / 2
+    if classes:
+        condition = condition.drop(uniform < label_share, replace(condition, class_labels=null.class_labels))
+    if text:
+        dropped = (uniform < both) | ((uniform >= label_share) & (uniform < label_share + text_share - both))
+        condition = condition.drop(dropped, replace(null, class_labels=condition.class_labels))
+    return condition

@@ -22,6 +22,7 @@ from training.data.order import seeded_generator
 
 TRANSFORM_VERSION = 1  # raise it when `transform` changes: caches made with the old one are then rebuilt
 MAX_HELD_OUT = 2000
+SPLITS = ("train", "held_out")
 FOREIGN_FORMATS = ("EPS", "WMF")  # to decode them Pillow hands the file to Ghostscript or to Windows
 # `transform` itself refuses such pictures. Set here and not around every image, where `catch_warnings` would
 # make Python forget which of Pillow's other warnings it has shown.
@@ -41,6 +42,7 @@ class ImageDataset(torch.utils.data.Dataset):
         name: the split's name, for messages.
         resolution, channels: see `transform`.
         folders: the folders that may hold files which rows name by paths; relative paths start at the first.
+        captions: texts of every row, or None for images without captions.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class ImageDataset(torch.utils.data.Dataset):
         resolution: int,
         channels: int,
         folders: tuple[str, ...] = (),
+        captions: list[tuple[str, ...]] | None = None,
     ):
+        self.all_captions = captions
         self.dataset, self.image_column, self.all_labels, self.name = dataset, image_column, labels, name
         self.resolution, self.channels, self.folders = resolution, channels, folders
         self.rows = torch.arange(len(dataset))  # the rows of `dataset` that this split consists of
@@ -61,6 +65,11 @@ class ImageDataset(torch.utils.data.Dataset):
     def labels(self) -> torch.Tensor | None:
         """The class of every image, int64 (len,), or None; read without decoding an image."""
         return None if self.all_labels is None else self.all_labels[self.rows]
+
+    @property
+    def captions(self) -> list[tuple[str, ...]] | None:
+        """The captions of every image, at least one each, or None."""
+        return self.all_captions and [self.all_captions[row] for row in self.rows.tolist()]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -156,8 +165,8 @@ class ImageData:
             setattr(self, key, split.subset(keep.nonzero().flatten()))
 
 
-def load_images(config: DataConfig) -> ImageData:
-    """Find the images that `config` describes. Nothing is decoded yet.
+def load_images(config: DataConfig, captioned: bool = False) -> ImageData:
+    """Find the images that `config` describes, with their captions if `captioned`. Nothing is decoded yet.
 
     Raises:
         RunError: the dataset, a split or a column does not exist or is ambiguous, or a label is no class.
@@ -167,13 +176,15 @@ def load_images(config: DataConfig) -> ImageData:
     rows = splits[train_name]
     images = columns.image_column(rows.features, config)
     labels = columns.label_column(rows.features, config)
+    captions = columns.caption_column(rows.features, config) if captioned else None
     names = None if labels is None else columns.class_names(rows, labels)
-    train = _build_split(rows, train_name, images, labels, names, config)
+    chosen = images, labels, captions, names, config
+    train = _build_split(rows, train_name, *chosen)
     if held_out_name is None:
         train_rows, held_out_rows = _share(len(train), config)
         train, held_out = train.subset(train_rows), train.subset(held_out_rows)
     else:
-        held_out = _build_split(splits[held_out_name], held_out_name, images, labels, names, config)
+        held_out = _build_split(splits[held_out_name], held_out_name, *chosen)
     key = [identity, train_name, held_out_name, len(train), len(held_out), images, labels, names]
     key += [config.resolution, config.channels, TRANSFORM_VERSION]
     if config.scan == "sample":  # other images may then be left out: latents of a full scan are not theirs
@@ -183,9 +194,15 @@ def load_images(config: DataConfig) -> ImageData:
 
 
 def _build_split(
-    rows: Dataset, name: str, images: str, labels: str | None, names: list[str] | None, config: DataConfig
+    rows: Dataset,
+    name: str,
+    images: str,
+    labels: str | None,
+    captions: str | None,
+    names: list[str] | None,
+    config: DataConfig,
 ) -> ImageDataset:
-    if missing := {images, labels} - {None, *rows.column_names}:
+    if missing := {images, labels, captions} - {None, *rows.column_names}:
         raise RunError(
             f"Split {name!r} lacks the column {missing.pop()!r} of the training split; it has "
             f"{', '.join(rows.column_names)}. Choose another --data.test_split or column."
@@ -193,11 +210,12 @@ def _build_split(
     numbers = None
     if names is not None:
         numbers = torch.tensor(columns.class_numbers(rows, labels, names, name), dtype=torch.int64)
+    texts = None if captions is None else columns.captions(rows, captions, name)
     if isinstance(rows.features[images], ImageFeature):
         rows = rows.cast_column(images, ImageFeature(decode=False))
     rows = rows.select_columns([images]).with_format(None)  # a stored format would change what rows are
     folders = sources.folders_of(config)
-    return ImageDataset(rows, images, numbers, name, config.resolution, config.channels, folders)
+    return ImageDataset(rows, images, numbers, name, config.resolution, config.channels, folders, texts)
 
 
 def _share(count: int, config: DataConfig) -> tuple[torch.Tensor, torch.Tensor]:

@@ -83,9 +83,7 @@ class LatentDataset:
         shards = [load_file(folder / name) for name in names]
         self.shard_size = len(shards[0]["mean"])
         size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        if resident == "auto":
-            resident = "device" if size < _device_memory(device) / 4 else "disk"
-        self.resident = resident == "device"
+        self.resident = in_device_memory(size, device, resident)
         if self.resident:
             shards = [{key: torch.cat([s[key] for s in shards]).to(device) for key in shards[0]}]
             self.shard_size = len(shards[0]["mean"])
@@ -122,7 +120,10 @@ class LatentDataset:
         return self._gather("class_labels", indices) if "class_labels" in self.shards[0] else None
 
 
-def _device_memory(device: torch.device) -> int:
+def in_device_memory(size: int, device: torch.device, resident: str) -> bool:
+    """Whether a cache of `size` bytes is kept in the device's memory; `resident` as for `LatentDataset`."""
+    if resident != "auto":
+        return resident == "device"
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total
+        return size < torch.cuda.get_device_properties(device).total_memory / 4
+    return size < psutil.virtual_memory().total / 4

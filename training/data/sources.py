@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import datasets
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
@@ -138,10 +138,11 @@ def _load_local(path: Path, names: list[str], config: DataConfig) -> dict[str, D
         raise _refusal(config, f"the folder holds no images (files found: {found or 'none'})")
     described = any(re.fullmatch(r"metadata\.(csv|jsonl|parquet)", Path(name).name) for name in names)
     if images and not described:
-        if len(images) < len(names):
-            others = len(names) - len(images)
+        stems = {name.rpartition(".")[0] for name in images}
+        texts = {name for name in names if name.endswith(".txt") and name.removesuffix(".txt") in stems}
+        if others := len(names) - len(images) - len(texts):
             warnings.warn(f"{others:,} files are no images by their suffix; all files: {found}", stacklevel=2)
-        return _load_image_folder(path, images, config)
+        return _load_image_folder(path, images, texts, config)
     builder = _read(config, datasets.load_dataset_builder, str(path.absolute()), config.subset)
     _check_inside([name for files in builder.config.data_files.values() for name in files], config)
     return _prepare(builder, config)
@@ -155,9 +156,14 @@ def _check_inside(files: Iterable[str], config: DataConfig) -> None:
             raise _refusal(config, f"its description names a file outside its folder: {name}")
 
 
-def _load_image_folder(root: Path, names: list[str], config: DataConfig) -> dict[str, Dataset]:
-    """The images `names` below `root`. Not by datasets' imagefolder, which guesses splits from file names and
-    drops images that fit none: one "test_shot.jpg" among holiday pictures would become the whole dataset."""
+def _load_image_folder(
+    root: Path, names: list[str], texts: set[str], config: DataConfig
+) -> dict[str, Dataset]:
+    """The images `names` below `root`, with captions if there are `texts`, files of the same names.
+
+    Not by datasets' imagefolder, which guesses splits from file names and drops images that fit none: one
+    "test_shot.jpg" among holiday pictures would become the whole dataset.
+    """
     parts = [name.split("/") for name in names]
     depth = 1 if _has_split_folders(parts, config) else 0
     folders = [part[depth] if len(part) > depth + 1 else "" for part in parts]
@@ -165,14 +171,26 @@ def _load_image_folder(root: Path, names: list[str], config: DataConfig) -> dict
     features = {"image": ImageFeature()}
     if len(classes) > 1 and "" not in classes:
         features["label"] = ClassLabel(names=classes)
+    if texts:
+        features["text"] = Value("string")
     columns: dict[str, dict[str, list]] = defaultdict(lambda: {name: [] for name in features})
     for name, part, folder in zip(names, parts, folders, strict=True):
         split = columns[part[0] if depth else "train"]
         split["image"].append(str(root.absolute() / name))
         if "label" in features:
             split["label"].append(folder)
+        if texts:
+            beside = name.rpartition(".")[0] + ".txt"
+            split["text"].append(_read_text(root / beside) if beside in texts else None)
     features = Features(features)
     return {split: _read(config, Dataset.from_dict, rows, features) for split, rows in columns.items()}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"the caption {path} cannot be read: {error}") from error
 
 
 def _has_split_folders(parts: list[list[str]], config: DataConfig) -> bool:

@@ -1,15 +1,17 @@
 """Image grids and plots."""
 
+import textwrap
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from training.runtime.atomic import write_bytes
 
 GAP = 2  # pixels of the enlarged grid between two images
+CAPTION_HEIGHT = 32  # two lines
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -17,13 +19,16 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def save_grid(images: torch.Tensor, path: Path, columns: int | None = None) -> None:
+def save_grid(
+    images: torch.Tensor, path: Path, columns: int | None = None, captions: list[str] | None = None
+) -> None:
     """Write images as one PNG, row by row, enlarged by a whole factor to about 800 pixels of width.
 
     Args:
         images: float (N, 1 or 3, H, W) in [-1, 1]; values beyond are clipped.
         path: the PNG; its folder must exist. It is written aside and renamed.
         columns: images per row. Default: about as many as rows.
+        captions: a text below each image.
 
     Raises:
         ValueError: values are not finite.
@@ -36,13 +41,16 @@ def save_grid(images: torch.Tensor, path: Path, columns: int | None = None) -> N
     height, width = height * scale, width * scale
     pixels = to_uint8(images.detach().cpu())
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3).permute(0, 2, 3, 1).numpy()
-    rows = -(-count // columns)
-    grid = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), 255, np.uint8)
-    for number, image in enumerate(pixels):
-        top, left = number // columns * (height + GAP), number % columns * (width + GAP)
+    rows, pitch = -(-count // columns), height + (GAP if captions is None else CAPTION_HEIGHT)
+    grid = np.full((rows * pitch - GAP, columns * (width + GAP) - GAP, channels), 255, np.uint8)
+    places = [(number // columns * pitch, number % columns * (width + GAP)) for number in range(count)]
+    for (top, left), image in zip(places, pixels, strict=True):
         grid[top : top + height, left : left + width] = image
-    buffer = BytesIO()
-    Image.fromarray(grid[..., 0] if channels == 1 else grid).save(buffer, "PNG")
+    picture, buffer = Image.fromarray(grid[..., 0] if channels == 1 else grid), BytesIO()
+    for (top, left), text in zip(places, captions or [], strict=bool(captions)):
+        lines = textwrap.wrap(text, max(8, width // 6), max_lines=2, placeholder="...")
+        ImageDraw.Draw(picture).multiline_text((left + 1, top + height), "\n".join(lines), fill=0)
+    picture.save(buffer, "PNG")
     write_bytes(path, buffer.getvalue())
 
 

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm_pipeline.loading import LDMPipeline
-from ldm_pipeline.pipeline import num_classes
+from ldm_pipeline.pipeline import num_classes, text_width
 from training.data.order import seeded_generator
 from training.evaluation.features import (
     FeatureNetwork,
@@ -50,7 +50,8 @@ class SamplingSettings:
     def of_pipeline(cls, pipeline: LDMPipeline) -> "SamplingSettings":
         """The pipeline's own defaults."""
         defaults = pipeline.config.defaults or {}
-        scale = defaults.get("guidance_scale", 1.0) if num_classes(pipeline.denoiser) else 1.0
+        guidable = num_classes(pipeline.denoiser) or text_width(pipeline.denoiser)
+        scale = defaults.get("guidance_scale", 1.0) if guidable else 1.0
         return cls(pipeline.scheduler, defaults.get("num_inference_steps", 20), scale)
 
     @property
@@ -82,8 +83,8 @@ class Sampler:
     So neither the batch size nor the number of processes changes an image.
 
     Args:
-        labels: classes `(N,)` of the training images, whose proportions samples have; None: all classes
-            equally.
+        labels: classes `(N,)` of the images whose proportions samples have; None: all classes equally.
+        captions: of the same images, for a pipeline that takes text.
     """
 
     pipeline: LDMPipeline
@@ -91,6 +92,7 @@ class Sampler:
     seed: int
     batch_size: int
     labels: Tensor | None
+    captions: list[str] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -98,48 +100,68 @@ class Sampler:
         return self.accelerator.device
 
     def class_labels(self, indices) -> Tensor | None:
-        """Classes `(n,)` of images by number, or None for a pipeline without classes.
+        """Classes `(n,)` of images by number, or None where they are neither asked for nor known."""
+        classes = num_classes(self.pipeline.denoiser)
+        if not classes and (self.captions is None or self.labels is None):
+            return None
+        labels = torch.arange(classes) if self.labels is None else self.labels
+        return labels[self._rows(indices, labels)]
+
+    def prompts(self, indices) -> list[str] | None:
+        """Captions of images by number, or None for a pipeline that takes no text."""
+        if self.captions is None:
+            return None
+        order = torch.zeros(len(self.captions)) if self.labels is None else self.labels
+        return [self.captions[row] for row in self._rows(indices, order).tolist()]
+
+    def _rows(self, indices, labels: Tensor) -> Tensor:
+        """Images `(n,)` whose conditions some samples have, in the proportions of the labels `(N,)`.
 
         The numbers take places of the golden ratio's sequence, which fills [0, 1) evenly.
         """
-        classes = num_classes(self.pipeline.denoiser)
-        if not classes:
-            return None
-        labels = torch.arange(classes) if self.labels is None else self.labels.sort().values
         places = ((torch.tensor(list(indices), dtype=torch.float64) + 0.5) * GOLDEN) % 1
-        return labels[(places * len(labels)).long()]
+        return labels.argsort(stable=True)[(places * len(labels)).long()]
 
     def sample(self, settings: SamplingSettings, indices) -> Tensor:
         """The images of some numbers, uint8 `(n, 1 or 3, H, W)`."""
-        return to_uint8(self._generate(settings, self.class_labels(indices), "sample", indices) * 2 - 1)
+        conditions = self.class_labels(indices), self.prompts(indices)
+        return to_uint8(self._generate(settings, *conditions, "sample", indices) * 2 - 1)
 
     def save_grid(self, settings: SamplingSettings, path: Path, rows: int = 4) -> None:
-        """Write a grid of images that other settings or weights can be compared with; one class per column.
+        """Write a grid of images that other settings or weights can be compared with.
 
-        Every process calls this and generates its share.
+        One class per column, or below each image its caption. Every process calls this and generates its
+        share.
         """
         classes, processes = num_classes(self.pipeline.denoiser), self.accelerator.num_processes
+        classes = classes if self.captions is None else 0
         columns = min(classes, 10) or 8
         share = -(-rows * columns // processes)
         own = [(self.accelerator.process_index * share + i) % (rows * columns) for i in range(share)]
         images = []
         for start in range(0, share, self.batch_size):
             indices = own[start : start + self.batch_size]
-            labels = [index % columns * classes // columns for index in indices] if classes else None
-            images.append(self._generate(settings, labels, "grid", indices))
+            labels, prompts = self.class_labels(indices), self.prompts(indices)
+            if classes:
+                labels = torch.tensor([index % columns * classes // columns for index in indices])
+            images.append(self._generate(settings, labels, prompts, "grid", indices))
         images = self.accelerator.gather(torch.cat(images))[: rows * columns]
         if self.accelerator.is_main_process:
-            save_grid(images * 2 - 1, path, columns=columns)
+            save_grid(images * 2 - 1, path, columns, self.prompts(range(rows * columns)))
 
-    def _generate(self, settings: SamplingSettings, labels, purpose: str, indices) -> Tensor:
+    def _generate(
+        self, settings: SamplingSettings, labels: Tensor | None, prompts, purpose: str, indices
+    ) -> Tensor:
         """Images in [0, 1]; the pipeline keeps its own scheduler."""
+        classes = num_classes(self.pipeline.denoiser)
         own_scheduler = self.pipeline.scheduler
         self.pipeline.scheduler = settings.scheduler
         self.pipeline.set_progress_bar_config(disable=True)
         try:
             with inference(self.pipeline.denoiser), self.accelerator.autocast():
                 return self.pipeline(
-                    class_labels=labels.tolist() if torch.is_tensor(labels) else labels,
+                    prompts,
+                    class_labels=labels.tolist() if classes and labels is not None else None,
                     batch_size=len(indices),
                     num_inference_steps=settings.num_inference_steps,
                     guidance_scale=settings.guidance_scale,
@@ -150,9 +172,19 @@ class Sampler:
             self.pipeline.scheduler = own_scheduler
 
 
+def new_sampler(run: Run, pipeline: LDMPipeline) -> Sampler:
+    """A sampler with the classes of the training images, or captions and classes of the held-out ones."""
+    text = text_width(pipeline.denoiser) > 0
+    split, size = run.data.held_out if text else run.data.train, run.config.evaluation.batch_size
+    captions = [texts[0] for texts in split.captions] if text else None
+    return Sampler(pipeline, run.accelerator, run.config.seed, size, split.labels, captions)
+
+
 def pipeline_sha256(pipeline: LDMPipeline) -> str:
-    """Hexadecimal SHA-256 of the weights of autoencoder and denoiser."""
-    return weights_sha256(pipeline.denoiser, weights_sha256(pipeline.vae).encode())
+    """Hexadecimal SHA-256 of the weights of all networks."""
+    digest = weights_sha256(pipeline.denoiser, weights_sha256(pipeline.vae).encode())
+    text_encoder = pipeline.components["text_encoder"]
+    return digest if text_encoder is None else weights_sha256(text_encoder, digest.encode())
 
 
 @dataclass(frozen=True)
@@ -206,6 +238,7 @@ class SampleMetrics:
             guidance=settings.guidance_scale,
             seed=self.sampler.seed,
             labels=None if self.sampler.labels is None else self.sampler.labels.bincount().tolist(),
+            **({"captions": self.sampler.captions} if self.sampler.captions else {}),
             arithmetic=f"{self.sampler.accelerator.mixed_precision} {self.sampler.device.type}",
             network=self.network.sha256,
             images=self.keep_images,

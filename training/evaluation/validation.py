@@ -12,9 +12,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ldm_pipeline.pipeline import Objective
 from training.config import RunError
-from training.data.conditions import cached_condition
+from training.data.conditions import Conditions
 from training.data.images import ImageDataset
-from training.data.latents import LatentDataset, encode
+from training.data.latents import encode
 from training.data.order import seeded_generator
 from training.evaluation.plots import save_grid
 from training.losses.denoising import denoising_errors, network_timesteps
@@ -104,9 +104,8 @@ def reconstruction_metrics(
 
 def validation_loss(
     accelerator: Accelerator,
-    denoiser: nn.Module,
     objective: Objective,
-    latents: LatentDataset,
+    conditions: Conditions,
     limit: int,
     batch_size: int,
     seed: int,
@@ -117,6 +116,7 @@ def validation_loss(
     training density: "val_loss" is the mean, "val_loss_by_timestep" the means of 8 equal bins, from clean to
     noisy. Every process measures its share.
     """
+    latents, denoiser = conditions.latents, conditions.denoiser
     count, device = min(limit, len(latents)), accelerator.device
     sums = torch.zeros(2, BINS, device=device)
     batches = torch.arange(count).split(batch_size)
@@ -134,7 +134,7 @@ def validation_loss(
             bins = indices % BINS
             timesteps = network_timesteps(objective.prediction_type, (bins + position) / BINS).to(device)
             clean = latents.batch(indices, torch.zeros_like(indices), posterior_noise)
-            condition = cached_condition(latents, denoiser, indices)
+            condition = conditions.batch(indices)
             errors, _ = denoising_errors(denoiser, objective, clean, noise, timesteps, condition)
             sums[0].index_add_(0, bins.to(device), errors * counted)
             sums[1].index_add_(0, bins.to(device), torch.full_like(errors, counted))

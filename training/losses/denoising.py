@@ -1,9 +1,11 @@
 """The denoiser's objective: what is predicted, at which timesteps, and with which weight."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from ldm_pipeline.pipeline import Condition, Objective, denoise, per_image
+from ldm_pipeline.pipeline import Condition, Objective, denoise, encode_tokens, per_image
 from training.config import DenoiserConfig, objective_of
 
 
@@ -88,11 +90,13 @@ class DenoisingLoss(nn.Module):
     Args:
         unet: predicts what `config.prediction_type` says.
         config: objective and weight.
+        text_encoder: trained with the denoiser, if it takes text that is not encoded yet.
     """
 
-    def __init__(self, unet: nn.Module, config: DenoiserConfig):
+    def __init__(self, unet: nn.Module, config: DenoiserConfig, text_encoder: nn.Module | None = None):
         super().__init__()
         self.unet = unet
+        self.text_encoder = text_encoder
         self.uncertainty = Uncertainty() if config.loss_weight == "uncertainty" else None
         self.config = config
         self.objective = Objective(objective_of(config))
@@ -101,6 +105,10 @@ class DenoisingLoss(nn.Module):
         self, clean: Tensor, noise: Tensor, timesteps: Tensor, condition: Condition
     ) -> tuple[Tensor, Tensor]:
         """The loss to minimise `()` and the plain squared errors `(N,)`; arguments: `denoising_errors`."""
+        if self.text_encoder is not None:
+            mask = condition.encoder_attention_mask
+            hidden = encode_tokens(self.text_encoder, condition.encoder_hidden_states, mask)
+            condition = replace(condition, encoder_hidden_states=hidden)
         errors, (alpha, sigma) = denoising_errors(
             self.unet, self.objective, clean, noise, timesteps, condition
         )
@@ -114,3 +122,10 @@ class DenoisingLoss(nn.Module):
         else:
             loss = errors
         return loss.mean(), errors.detach()
+
+    @property
+    def networks(self) -> nn.Module:
+        """What samples are drawn with: the denoiser alone, or "unet" and "text_encoder"."""
+        if self.text_encoder is None:
+            return self.unet
+        return nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})

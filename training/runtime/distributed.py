@@ -15,13 +15,16 @@ BLOCK = 16  # rows of the global batch whose dropout masks share a seed
 
 
 def prepare(
-    accelerator: Accelerator, trained: nn.Module, network: nn.Module, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator,
+    trained: nn.Module,
+    networks: list[nn.Module],
+    optimizer: torch.optim.Optimizer,
 ) -> nn.Module:
     """Wrap `trained` for several processes, as Accelerate is configured; the loop calls the result.
 
     Args:
-        trained: `network` with its loss.
-        network: the denoiser, which is also called by itself, to sample.
+        trained: the networks with their loss.
+        networks: those that are also called by themselves, to sample; the denoiser first.
         optimizer: of `trained`; under FSDP it follows the parameters to their shards.
 
     Raises:
@@ -32,12 +35,13 @@ def prepare(
     plugin = accelerator.state.fsdp_plugin
     plugin.cpu_ram_efficient_loading = False  # all processes have built the same network
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
-    plugin.transformer_cls_names_to_wrap = [type(network).__name__, "ResnetBlock2D"]
+    wrapped = [type(network).__name__ for network in networks]
+    plugin.transformer_cls_names_to_wrap = [*wrapped, "ResnetBlock2D"]
     # Accelerate would round the inputs, the targets and the loss to bf16 too: autocast, as everywhere.
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
     trained.forward = accelerator.autocast()(trained.forward)
     model, _ = accelerator.prepare(trained, optimizer)
-    if not isinstance(network, FSDPModule):
+    if not isinstance(networks[0], FSDPModule):
         raise RunError("Accelerate is configured for FSDP 1: give --fsdp_version 2")
     return model
 

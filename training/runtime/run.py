@@ -12,9 +12,10 @@ from filelock import BaseFileLock
 
 from ldm_pipeline.pipeline import latent_shape
 from training.config import Config, RunError
+from training.data.captions import check_lengths, unique_captions, words_encoder
 from training.data.images import ImageData, load_images
 from training.data.scan import Scan, scan
-from training.networks import check_data, check_networks
+from training.networks import check_data, check_networks, pretrained_text_encoder, text_width_of
 from training.runtime.accelerator import build_accelerator, on_main_process
 from training.runtime.atomic import read_json, write_json
 from training.runtime.folder import check_folder, check_space, lock_folder, open_folder, read_stored
@@ -30,6 +31,7 @@ class Run:
     Args:
         folder: the run folder.
         latent_shape: (C, h, w) of the latents; None for a script that trains nothing.
+        text: tokenizer and text encoder of captions, or None.
         interruption: asks for SIGTERM and SIGINT; None under `--dry_run`, like `lock`.
         lock: holds the run folder for this process, on the main process.
     """
@@ -39,6 +41,7 @@ class Run:
     folder: Path
     data: ImageData
     latent_shape: tuple[int, ...] | None
+    text: tuple | None
     interruption: Interruption | None
     lock: BaseFileLock | None
 
@@ -87,16 +90,25 @@ def start(config: Config, stages: list[str]) -> Run:
     folder = Path(config.output_dir)
     accelerator = build_accelerator(config, read_stored(folder).get("num_threads"))
     trains = stages != ["evaluation"]
-    networks = check_networks(config, accelerator.num_processes) if trains else None
+    text, networks = None, None
+    captioned = config.denoiser.text_encoder is not None or config.data.caption_column is not None
+    if trains:
+        with accelerator.main_process_first():  # one downloads
+            text = pretrained_text_encoder(config.denoiser)
+        networks = check_networks(config, accelerator.num_processes, text_width_of(config.denoiser, text))
     check_folder(config, accelerator.print)
     lock = lock_folder(folder) if accelerator.is_main_process and not config.dry_run else None
     with accelerator.main_process_first():  # one downloads and scans
-        data = load_images(config.data)
+        data = load_images(config.data, captioned)
         scanned = _scan_once(config, data, accelerator.is_main_process)
     accelerator.print(scanned.describe(), flush=True)
     data.drop(scanned.unreadable)
     if networks:
         check_data(config, data)
+        if config.denoiser.text_encoder == "words":
+            text = words_encoder(config.denoiser, data, config.seed + 2)
+        if text:
+            check_lengths(unique_captions(data), text[0], config.denoiser.cut_captions)
         check_space(config, networks, len(data.train) + len(data.held_out))
     if lock:
         open_folder(config)
@@ -108,7 +120,7 @@ def start(config: Config, stages: list[str]) -> Run:
         )
     shape = latent_shape(networks[1]) if networks else None
     interruption = None if config.dry_run else Interruption()
-    return Run(config, accelerator, folder, data, shape, interruption, lock)
+    return Run(config, accelerator, folder, data, shape, text, interruption, lock)
 
 
 def _scan_once(config: Config, data: ImageData, store: bool) -> Scan:
