@@ -252,8 +252,8 @@ def test_a_step_that_is_not_finite_is_not_applied(tmp_path):
     prepare = """
 import training.train_denoiser as module
 random_batch = module.random_batch
-def damaged(run, latents, step):
-    batch = random_batch(run, latents, step)
+def damaged(run, latents, captions, step):
+    batch = random_batch(run, latents, captions, step)
     if step in {steps}:
         batch["noise"][3] = float("nan")
     return batch

@@ -30,7 +30,7 @@ def new_autoencoder(config: Config) -> AutoencoderKL | AutoencoderDC:
 
 
 def new_denoiser(
-    config: Config, data: ImageData | None, latent_shape: tuple[int, int, int], text_width: int | None
+    config: Config, data: ImageData | None, latent_shape: tuple[int, int, int], text_width: int | None = None
 ) -> UNet2DModel | UNet2DConditionModel:
     """The untrained U-Net of latents `latent_shape` = (C, h, w); equal seeds give equal weights.
 
@@ -96,7 +96,7 @@ def pretrained_autoencoder(config: Config) -> AutoencoderKL | AutoencoderDC:
 
 
 def check_networks(
-    config: Config, num_processes: int, text_width: int | None
+    config: Config, num_processes: int, text_width: int | None = None
 ) -> tuple[AutoencoderKL | AutoencoderDC, UNet2DModel | UNet2DConditionModel]:
     """Build both networks on the meta device and pass an image through, before any data is read.
 
