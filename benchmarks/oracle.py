@@ -94,14 +94,14 @@ def signal_kept(objective: dict) -> np.ndarray:
 
 
 class GaussianOracle(UNet2DModel):
-    """The best denoiser of N(MEAN, DEVIATION^2); its path is its own, no call of what is tested."""
+    """The best denoiser of N(mean, DEVIATION^2); its path is its own, no call of what is tested."""
 
-    def __init__(self, objective: dict, size: int = 32):
+    def __init__(self, objective: dict, size: int = 32, mean: torch.Tensor = MEAN):
         blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
         widths = {"in_channels": 4, "out_channels": 4, "block_out_channels": (4,), "norm_num_groups": 1}
         widths["attention_head_dim"] = 4
         super().__init__(sample_size=size, **blocks, **widths)
-        self.predicts = objective["prediction_type"]
+        self.predicts, self.mean = objective["prediction_type"], mean
         if self.predicts != "flow_prediction":
             kept = signal_kept(objective)
             self.log_snr = np.log(kept / (1 - kept)) / 2
@@ -114,7 +114,7 @@ class GaussianOracle(UNet2DModel):
             log_snr = np.interp(time, np.arange(1000), self.log_snr)
             alpha, sigma = (1 + np.exp(-2 * log_snr)) ** -0.5, (1 + np.exp(2 * log_snr)) ** -0.5
         gain = alpha * DEVIATION**2 / (alpha**2 * DEVIATION**2 + sigma**2)
-        clean = MEAN + gain * (noisy - alpha * MEAN)  # E[clean | noisy] of two Gaussians
+        clean = self.mean + gain * (noisy - alpha * self.mean)  # E[clean | noisy] of two Gaussians
         noise = (noisy - alpha * clean) / sigma
         velocity = alpha * noise - sigma * clean
         targets = {"epsilon": noise, "v_prediction": velocity, "flow_prediction": noise - clean}

@@ -24,7 +24,7 @@ from ldm_pipeline.pipeline import num_classes
 
 PICTURES = ("samples.png", "reconstructions.png", "neighbours.png", "sweep.png")
 FILES = ("model_index.json", "pipeline.py", "README.md", "training_config.yaml", "metrics.json", *PICTURES)
-COMPONENTS = ("vae", "unet", "scheduler")
+COMPONENTS = ("vae", "unet", "scheduler", "guide_unet")
 # Files in the components' folders that an export makes. Other variants, such as fp16, are their owner's.
 COMPONENT_FILE = re.compile(
     rf"({'|'.join(COMPONENTS)})/(scheduler_config|config|diffusion_pytorch_model(\.raw)?(-\d+-of-\d+)?|"

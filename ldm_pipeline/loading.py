@@ -70,6 +70,8 @@ class LDMPipeline(pipeline.LDMPipeline):
         """The classes of the components that are read from `folder`: of Diffusers and transformers alone."""
         index, hints, classes = cls.load_config(folder), get_type_hints(cls.__init__), {}
         wanted = {name: (diffusers, hints[name]) for name in ("vae", "unet", "scheduler")}
+        if index.get("guide_unet") not in (None, [None, None]):
+            wanted["guide_unet"] = diffusers, hints["guide_unet"]
         if any(index.get(name) not in (None, [None, None]) for name in ("text_encoder", "tokenizer")):
             import transformers  # here, because only models with text need it
 

@@ -1,5 +1,6 @@
 """Samples latent diffusion models. Self-contained: this very file travels to the Hub with every model."""
 
+import copy
 import inspect
 import json
 import math
@@ -405,18 +406,127 @@ def _picture_array(picture: Image.Image) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------- guidance
-def guided(
-    denoiser, noisy: torch.Tensor, time: float, condition: Condition, null: Condition | None, scale: float
-) -> torch.Tensor:
-    """The prediction under classifier-free guidance (arXiv:2207.12598), from one doubled batch, float32.
+@dataclass(frozen=True)
+class Guidance:
+    """How the prediction for a condition is led away from a weaker one, at every step of a call.
 
-    null + scale * (conditional - null); off at 1. noisy: (N, C, ...), of the network's dtype.
+    scale: weaker + scale * (conditional - weaker), off at 1. The weaker one is the denoiser's for the null
+        condition (classifier-free guidance, arXiv:2207.12598), unless there is a `guide`.
+    interval: (low, high), the noise levels low < tau <= high that are guided (arXiv:2404.07724), where
+        tau = sigma / (alpha + sigma) is 0 for clean latents and 1 for noise; see `noise_levels`. At all
+        others the denoiser is evaluated once, for the condition.
+    rescale: how much of the conditional prediction's deviation the guided one gets back, 0 to 1, per image of
+        clean latents (arXiv:2305.08891, eq. 15 and 16).
+    guide: a weaker denoiser, which gets the same condition (autoguidance, arXiv:2406.02507).
+    guider: one of `diffusers.guiders` in the place of scale, interval and rescale; see `prepare_guider`.
     """
-    if scale != 1:
-        condition, noisy = null.join(condition), torch.cat([noisy, noisy])
-    times = torch.full((len(noisy),), time, device=noisy.device)
-    prediction = denoise(denoiser, noisy, times, condition).float()
-    return prediction if scale == 1 else torch.lerp(*prediction.chunk(2), scale)
+
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    rescale: float = 0.0
+    guide: torch.nn.Module | None = None
+    guider: object | None = None
+
+    def __post_init__(self):
+        if len(self.interval) != 2 or not 0 <= self.interval[0] < self.interval[1] <= 1:
+            raise ValueError(f"guidance_interval={self.interval}; wanted two rising noise levels in [0, 1]")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"guidance_rescale={self.rescale}; wanted a number from 0 to 1")
+
+
+_GUIDANCE = ("scale", "interval", "rescale")  # arguments of a call, there with `guidance_` before the name
+# Guiders that their papers define on the velocity of a flow; the others get clean latents.
+_ON_VELOCITY = ("ClassifierFreeZeroStarGuidance", "MagnitudeAwareGuidance")
+
+
+def guided(
+    objective: Objective,
+    denoiser,
+    noisy: torch.Tensor,
+    point: tuple[float, float, float],
+    condition: Condition,
+    null: Condition | None,
+    guidance: Guidance,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The denoiser's prediction under guidance, float32, shaped like `noisy` (N, C, ...).
+
+    Linear guidance is the same for every kind of prediction. What is not linear, rescaling and guiders, acts
+    on clean latents, and so means the same under every objective.
+
+    point: (time, alpha, sigma) on the path of `objective`.
+    dtype: of the networks.
+    """
+    (time, alpha, sigma), (low, high) = point, guidance.interval
+    tau, scale = sigma / (alpha + sigma), guidance.scale
+    guider = guidance.guider if tau else None
+    states = guider.prepare_inputs({}) if guider else ()  # one for each prediction that it wants at this step
+    both = len(states) == 2 if guider else scale != 1 and low < tau <= high
+
+    def predict(network, noisy, condition):
+        times = torch.full((len(noisy),), time, device=noisy.device)
+        return denoise(network, noisy.to(dtype), times, condition).float()
+
+    if not both:
+        predictions = [predict(denoiser, noisy, condition)]
+    elif guidance.guide is None:
+        predictions = predict(denoiser, torch.cat([noisy, noisy]), null.join(condition)).chunk(2)
+    else:
+        predictions = [predict(network, noisy, condition) for network in (guidance.guide, denoiser)]
+    if not guider and not (both and guidance.rescale):
+        return torch.lerp(*predictions, scale) if both else predictions[0]
+    cleans = [objective.clean_and_noise(each, noisy, alpha, sigma)[0] for each in predictions]
+    if guider:
+        clean = _combine(guider, states, cleans, noisy / (alpha + sigma), tau)
+    else:
+        clean = torch.lerp(*cleans, scale)
+        wanted, found = (each.flatten(1).std(1) for each in (cleans[1], clean))
+        clean = clean * per_image(1 + guidance.rescale * (wanted / found - 1), clean)
+    return objective.target(clean, (noisy - alpha * clean) / sigma, alpha, sigma)
+
+
+def _combine(guider, states: list, cleans: list, noisy: torch.Tensor, tau: float) -> torch.Tensor:
+    """Clean latents by a guider, from those of the weaker and the conditional prediction, or of this alone.
+
+    noisy = (1 - tau) * clean + tau * noise, so that the velocity is (noisy - clean) / tau.
+    """
+    on_velocity = any(kind.__name__ in _ON_VELOCITY for kind in type(guider).__mro__)
+    for state, clean in zip(states, reversed(cleans), strict=True):
+        # Flat, because one of these takes a norm over all axes, of which torch allows two.
+        state.noise_pred = ((noisy - clean) / tau).flatten(1) if on_velocity else clean
+    combined = guider(states).pred
+    return noisy - tau * combined.view_as(noisy) if on_velocity else combined
+
+
+def prepare_guider(guider, latents: torch.Tensor, steps: int):
+    """A copy of one of `diffusers.guiders` for one call of `steps`, as momentum must not outlive it.
+
+    The threshold of adaptive projected guidance, where it is Diffusers' default for much larger latents,
+    becomes half the norm of standard normal latents (N, C, ...).
+
+    Raises:
+        ValueError: for one that cannot work here.
+    """
+    from diffusers.guiders import BaseGuidance  # here, because older versions have none
+
+    kind, name = type(guider), type(guider).__name__
+    if not isinstance(guider, BaseGuidance):
+        raise ValueError(f"guider is {name}; wanted one of diffusers.guiders, AdaptiveProjectedGuidance(...)")
+    two = guider._input_predictions == ["pred_cond", "pred_uncond"]
+    if not two or kind.prepare_models is not BaseGuidance.prepare_models:
+        raise ValueError(
+            f"{name} changes layers of certain transformers; wanted a guider of two predictions, such as "
+            "AdaptiveProjectedGuidance, or autoguidance=True, which has a network of its own"
+        )
+    if getattr(guider, "zero_init_steps", 0) and steps <= 8:
+        raise ValueError(f"{name} loses one of {steps} steps; wanted zero_init_steps=0, or more than 8 steps")
+    guider, threshold = copy.deepcopy(guider), "adaptive_projected_guidance_rescale"  # new() loses arguments
+    default = inspect.signature(kind.__init__).parameters.get(threshold)
+    given = threshold not in guider.config.get("_use_default_values", ())
+    # Diffusers counts positional arguments as not given.
+    if default and not given and getattr(guider, threshold) == default.default:
+        setattr(guider, threshold, 0.5 * math.sqrt(latents[0].numel()))
+    return guider
 
 
 # ------------------------------------------------------------------------------------------ scheduler adapter
@@ -506,8 +616,9 @@ def _suited(scheduler, family: str):
 
 
 def scheduler_prediction(scheduler, objective: Objective, i: int, t, sample, network) -> torch.Tensor:
-    """Input of `scheduler.step(..., t, sample)`, from a `network(noisy, time)` on the path of `objective`.
+    """Input of `scheduler.step(..., t, sample)`, from the prediction of a `network` for the `objective`.
 
+    network: f(noisy, time, alpha, sigma), of a point on the objective's own path.
     sample: (N, C, ...) float32; i: index of t in the scheduler's timesteps. Rescaled, the sample moves from
     the scheduler's path to the network's at the same signal-to-noise ratio; the prediction comes back as
     (clean, noise) and is put in the terms of `step_prediction_type`.
@@ -519,7 +630,8 @@ def scheduler_prediction(scheduler, objective: Objective, i: int, t, sample, net
         noisy = sample * alpha
     time, net_alpha, net_sigma = objective.network_point(alpha, sigma)
     net_noisy = noisy * (math.hypot(net_alpha, net_sigma) / math.hypot(alpha, sigma))
-    clean, noise = objective.clean_and_noise(network(net_noisy, time), net_noisy, net_alpha, net_sigma)
+    prediction = network(net_noisy, time, net_alpha, net_sigma)
+    clean, noise = objective.clean_and_noise(prediction, net_noisy, net_alpha, net_sigma)
     # The half that the scheduler's own point magnifies less; it matters where the network's time was clamped.
     if sigma > alpha:
         noise = (noisy - alpha * clean) / sigma
@@ -530,6 +642,48 @@ def scheduler_prediction(scheduler, objective: Objective, i: int, t, sample, net
         c_skip, c_out = scheduler.precondition_outputs(1, 0, at), scheduler.precondition_outputs(0, 1, at)
         return (clean - c_skip * sample) / c_out
     return prediction_target(step_prediction_type(scheduler, family), clean, noise, alpha, sigma)
+
+
+def noise_levels(scheduler, objective: Objective) -> list[float]:
+    """tau = sigma / (alpha + sigma) of the denoiser's input at each timestep, falling from 1 to 0.
+
+    scheduler: after `set_timesteps`, and before its first step.
+    """
+    levels, sample = [], torch.zeros(1, 1, 1, 1)
+    scheduler, family = copy.deepcopy(scheduler), scheduler_family(scheduler, objective)
+
+    def network(noisy, time, alpha, sigma):
+        levels.append(sigma / (alpha + sigma))
+        return torch.zeros_like(noisy)
+
+    with torch.random.fork_rng(devices=[]):  # stochastic steps draw noise
+        for i, t in enumerate(scheduler.timesteps):
+            with _suited(scheduler, family):
+                output = scheduler_prediction(scheduler, objective, i, t, sample, network)
+                sample = scheduler.step(output, t, sample, return_dict=False)[0]
+    return levels
+
+
+def set_timesteps(scheduler, num_inference_steps: int, timesteps=None, sigmas=None, device=None) -> None:
+    """Choose the scheduler's steps, or those of a grid of one's own; ValueError where it takes none."""
+    given = {"timesteps": timesteps, "sigmas": sigmas}
+    given = {name: list(value) for name, value in given.items() if value is not None}
+    taken, name = inspect.signature(scheduler.set_timesteps).parameters, type(scheduler).__name__
+    # LTXEulerAncestralRF wants a final 0 and evaluates there; the EDM schedulers take a ramp, not sigmas.
+    odd = ("LTXEulerAncestralRFScheduler", "EDMEulerScheduler", "FlowMapEulerDiscreteScheduler")
+    if len(given) > 1 or any(key not in taken or name in odd for key in given):
+        raise ValueError(
+            f"{name} cannot take {' and '.join(given)}; use num_inference_steps, or "
+            "EulerDiscreteScheduler or FlowMatchEulerDiscreteScheduler with sigmas"
+        )
+    if not given and num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps={num_inference_steps}; wanted at least 1")
+    if not given and isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        # Its own grid ends at 0.001, so that the last evaluation is wasted, and applies `shift` twice
+        # (huggingface/diffusers issue 13243).
+        given["sigmas"] = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+    given = given or {"num_inference_steps": num_inference_steps}
+    scheduler.set_timesteps(device=device, **given)
 
 
 # --------------------------------------------------------------------------------------------------- pipeline
@@ -544,20 +698,22 @@ class LDMPipeline(DiffusionPipeline):
             noise schedule under DDPMScheduler's names (num_train_timesteps, beta_schedule, beta_start,
             beta_end, rescale_betas_zero_snr). Saved with the model: sampling cannot disagree with training.
         id2label: names of the classes, {0: "cat", ...}; a dict, as the Hub loader cannot read a list.
-        defaults: what a call uses that says nothing else: "num_inference_steps" and, where there is
-            something to guide to, "guidance_scale".
+        defaults: what a call uses that says nothing else: "num_inference_steps", "autoguidance" and, where
+            there is something to guide to, "guidance_scale", "guidance_interval" and "guidance_rescale".
         text_encoder: of transformers, for a denoiser that takes text; its last hidden states are used.
         tokenizer: the text encoder's; `model_max_length` is the number of tokens that a prompt may have.
         task: how the image of a call becomes a condition, for a denoiser that was trained so; see `Task`.
+        guide_unet: a weaker denoiser for autoguidance, such as an early checkpoint of the same training.
 
     >>> pipe = LDMPipeline.from_pretrained("org/model")
     >>> pipe(class_labels=["cat", 3], guidance_scale=1.5).images[0].save("cat.png")
     >>> LDMPipeline.from_pretrained("org/text-model")("a red heart, google style").images[0]
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["text_encoder", "tokenizer"]
+    model_cpu_offload_seq = "text_encoder->guide_unet->unet->vae"
+    _optional_components = ["text_encoder", "tokenizer", "guide_unet"]
     _callback_tensor_inputs = ["latents"]
+    _defaults = ("num_inference_steps", "autoguidance", *(f"guidance_{name}" for name in _GUIDANCE))
     _guidance_scale, _num_timesteps = 1.0, 0  # of the running or last call; a callback may set the scale
 
     def __init__(
@@ -571,6 +727,7 @@ class LDMPipeline(DiffusionPipeline):
         text_encoder=None,
         tokenizer=None,
         task: dict | None = None,
+        guide_unet: diffusers.UNet2DModel | diffusers.UNet2DConditionModel | None = None,
     ):
         super().__init__()
         self.objective, self.task = Objective(objective), None if task is None else Task(task)
@@ -585,16 +742,20 @@ class LDMPipeline(DiffusionPipeline):
                 f"the denoiser has in_channels={unet.config.in_channels}, but task={task} wants {wanted}; "
                 "give the task that it was trained for"
             )
-        for name, model in {"vae": vae, "unet": unet}.items():
+        networks = {"vae": vae, "unet": unet} | ({"guide_unet": guide_unet} if guide_unet else {})
+        for name, model in networks.items():
             check_weights(model, name)
             forget_local_path(model)
         if text_encoder is not None:
             check_weights(text_encoder, "text_encoder")
+        if guide_unet and (found := _interface(guide_unet)) != (wanted := _interface(unet)):
+            raise ValueError(f"guide_unet has {found}, but unet has {wanted}; wanted two of the same inputs")
         self.register_modules(
-            vae=vae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
-        )
-        if unknown := set(defaults or {}) - {"num_inference_steps", "guidance_scale"}:
-            raise ValueError(f"defaults has {sorted(unknown)}; wanted num_inference_steps, guidance_scale")
+            vae=vae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer,
+            guide_unet=guide_unet,
+        )  # fmt: skip
+        if unknown := set(defaults or {}) - set(self._defaults):
+            raise ValueError(f"defaults has {sorted(unknown)}; wanted some of {', '.join(self._defaults)}")
         names = _checked_names(id2label, num_classes(unet))
         self.register_to_config(objective=dict(objective), id2label=names, defaults=defaults, task=task)
 
@@ -666,7 +827,7 @@ class LDMPipeline(DiffusionPipeline):
         timesteps: torch.Tensor,
         condition: Condition,
         null: Condition | None = None,
-        guidance_scale: float = 1.0,
+        guidance: Guidance = Guidance(),
         generator: torch.Generator | list[torch.Generator] | None = None,
         callback_on_step_end=None,
         callback_on_step_end_tensor_inputs: tuple = ("latents",),
@@ -678,7 +839,7 @@ class LDMPipeline(DiffusionPipeline):
             latents: as the scheduler has them at the first of `timesteps`.
             timesteps: `scheduler.timesteps` after `set_timesteps`, or the end of it: `timesteps[start:]`.
             condition: what the N images shall be.
-            null: what they shall not be; guidance needs it, at a scale other than 1.
+            null: what they shall not be; guidance without a `guide` needs it.
 
         Raises:
             ValueError: for a scheduler that cannot sample this model or cannot start there, before the first
@@ -692,12 +853,18 @@ class LDMPipeline(DiffusionPipeline):
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)
         step_kwargs, dtype = self._step_kwargs(generator, eta), self.denoiser.dtype
-        self._guidance_scale, self._num_timesteps = guidance_scale, len(timesteps)
+        guider = guidance.guider
+        if guider is not None:
+            guider = prepare_guider(guider, latents, len(timesteps))
+        self._guidance_scale, self._num_timesteps = guidance.scale, len(timesteps)
 
-        def network(noisy, time):
-            return guided(self.denoiser, noisy.to(dtype), time, condition, null, self._guidance_scale)
+        def network(noisy, *point):
+            now = replace(guidance, scale=self._guidance_scale, guider=guider)
+            return guided(self.objective, self.denoiser, noisy, point, condition, null, now, dtype)
 
         for i, t in enumerate(self.progress_bar(timesteps)):
+            if guider is not None:
+                guider.set_state(i, len(timesteps), t)
             with _suited(scheduler, family):
                 output = scheduler_prediction(scheduler, self.objective, begin + i, t, latents, network)
                 latents = scheduler.step(output, t, latents, **step_kwargs)[0]
@@ -721,6 +888,10 @@ class LDMPipeline(DiffusionPipeline):
         sigmas: list | None = None,
         negative_prompt: str | list[str] | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float | None = None,
+        autoguidance: bool | None = None,
+        guider=None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
@@ -748,8 +919,11 @@ class LDMPipeline(DiffusionPipeline):
             num_inference_steps: steps of the scheduler; None: what the model's `defaults` say, or 20.
             timesteps, sigmas: a grid of one's own instead, where the scheduler takes it.
             negative_prompt: what guidance leads away from; None is the empty text.
-            guidance_scale: null + guidance_scale * (conditional - null) (arXiv:2207.12598); off at 1. None:
-                what the model's `defaults` say where there is a prompt or a label, or 1.
+            guidance_scale, guidance_interval, guidance_rescale: scale, interval and rescale of `Guidance`.
+                None: what the model's `defaults` say where there is something to guide to, or no guidance.
+            autoguidance: guide away from the component `guide_unet` for the same condition, or for none
+                (arXiv:2406.02507), rather than away from the null condition. None: as `defaults` say, or not.
+            guider: one of `diffusers.guiders` in place of the three; see `prepare_guider`.
             generator: one, or one per image: then a picture does not depend on its batch.
             latents: (N, C, H, W) standard normal noise to start from.
             prompt_embeds, negative_prompt_embeds: (N, L, D) instead of texts, from `encode_prompt`, with
@@ -781,11 +955,10 @@ class LDMPipeline(DiffusionPipeline):
         defaults, asked = self.config.defaults or {}, text is not None or class_labels is not None
         if num_inference_steps is None:
             num_inference_steps = defaults.get("num_inference_steps", 20)
-        if guidance_scale is None:
-            guidance_scale = defaults.get("guidance_scale", 1.0) if asked else 1.0
-        if guidance_scale != 1 and not asked:
-            wanted = "a prompt" if text_width(self.denoiser) else "class_labels"
-            raise ValueError(f"guidance_scale={guidance_scale} needs {wanted} to guide to; 1 is off")
+        given = dict(zip(_GUIDANCE, (guidance_scale, guidance_interval, guidance_rescale), strict=True))
+        guidance = self._guidance(given, autoguidance, guider, asked)
+        if guidance.guide is not None and negative is not None:
+            raise ValueError("negative_prompt is not read under autoguidance; leave out one of them")
         try:
             condition = self._condition(inputs["prompt"], inputs["class_labels"], batch_size)
             null = self._condition(inputs["negative_prompt"], None, batch_size) if asked else condition
@@ -794,10 +967,10 @@ class LDMPipeline(DiffusionPipeline):
                 size = [side * downsampling(self.vae) for side in size]
                 concat, known, hole = self._image_condition(inputs["image"], inputs["mask_image"], size)
                 condition, null = (replace(each, concat=concat) for each in (condition, null))
-            self._set_timesteps(num_inference_steps, timesteps, sigmas)
+            set_timesteps(self.scheduler, num_inference_steps, timesteps, sigmas, self._execution_device)
             start = self._prepare_latents(latents, batch_size, generator), self.scheduler.timesteps
             callback = callback_on_step_end, callback_on_step_end_tensor_inputs
-            latents = self.denoise_latents(*start, condition, null, guidance_scale, generator, *callback, eta)
+            latents = self.denoise_latents(*start, condition, null, guidance, generator, *callback, eta)
             if output_type == "latent":
                 images = latents
             else:
@@ -830,6 +1003,29 @@ class LDMPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; wanted some of "
                 f"{self._callback_tensor_inputs}"
             )
+
+    def _guidance(self, given: dict, autoguidance: bool | None, guider, asked: bool) -> Guidance:
+        """The guidance of a call; of what is None, that of the model's `defaults`.
+
+        given: the arguments by their names in `_GUIDANCE`. asked: whether there is a prompt or a label.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        defaults = self.config.defaults or {}
+        autoguidance = defaults.get("autoguidance", False) if autoguidance is None else autoguidance
+        if autoguidance and self.guide_unet is None:
+            raise ValueError("autoguidance=True, but the component guide_unet is None: load or train one")
+        if guider is not None and given:
+            raise ValueError(f"guider is given, and has its own guidance_{' and guidance_'.join(given)}")
+        possible = asked or autoguidance
+        if not possible and (guider is not None or given.get("scale", 1) != 1):
+            what = f"guidance_scale={given['scale']}" if guider is None else type(guider).__name__
+            wanted = "a prompt" if text_width(self.denoiser) else "class_labels"
+            wanted += " (or autoguidance=True)" if self.guide_unet else ""
+            raise ValueError(f"{what} needs {wanted} to guide to; guidance_scale=1 is off")
+        if possible and guider is None:
+            own = {name: defaults.get(f"guidance_{name}") for name in _GUIDANCE}
+            given = {name: value for name, value in own.items() if value is not None} | given
+        return Guidance(**given, guide=self.guide_unet if autoguidance else None, guider=guider)
 
     def _class_number(self, label, classes: int) -> int:
         names = self.config.id2label or {}
@@ -926,26 +1122,6 @@ class LDMPipeline(DiffusionPipeline):
             raise ValueError(f"latents has shape {tuple(latents.shape)}; wanted (N, {shape[0]}, H, W)")
         return latents.to(device, torch.float32) * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
 
-    def _set_timesteps(self, num_inference_steps: int, timesteps, sigmas):
-        scheduler, given = self.scheduler, {"timesteps": timesteps, "sigmas": sigmas}
-        given = {name: list(value) for name, value in given.items() if value is not None}
-        taken, name = inspect.signature(scheduler.set_timesteps).parameters, type(scheduler).__name__
-        # LTXEulerAncestralRF wants a final 0 and evaluates there; the EDM schedulers take a ramp, not sigmas.
-        odd = ("LTXEulerAncestralRFScheduler", "EDMEulerScheduler", "FlowMapEulerDiscreteScheduler")
-        if len(given) > 1 or any(key not in taken or name in odd for key in given):
-            raise ValueError(
-                f"{name} cannot take {' and '.join(given)}; use num_inference_steps, or "
-                "EulerDiscreteScheduler or FlowMatchEulerDiscreteScheduler with sigmas"
-            )
-        if not given and num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={num_inference_steps}; wanted at least 1")
-        if not given and isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-            # Its own grid ends at 0.001, so that the last evaluation is wasted, and applies `shift` twice
-            # (huggingface/diffusers issue 13243).
-            given["sigmas"] = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
-        given = given or {"num_inference_steps": num_inference_steps}
-        scheduler.set_timesteps(device=self._execution_device, **given)
-
     def _step_kwargs(self, generator, eta: float) -> dict:
         taken = inspect.signature(self.scheduler.step).parameters
         if eta and "eta" not in taken:
@@ -972,6 +1148,12 @@ def check_weights(model, name: str) -> None:
         raise ValueError(
             f"{name}: {len(bad or absent)} weights are {fault} ({', '.join((bad or absent)[:3])})"
         )
+
+
+def _interface(denoiser) -> dict:
+    """The sizes of everything that goes into a denoiser and comes out of it."""
+    names = "in_channels", "out_channels", "num_class_embeds", "encoder_hid_dim"
+    return {name: denoiser.config.get(name) for name in names}
 
 
 def forget_local_path(model) -> None:

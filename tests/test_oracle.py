@@ -24,7 +24,14 @@ from benchmarks.oracle import (
     standard_noise,
 )
 from ldm_pipeline.models import build_scheduler
-from ldm_pipeline.pipeline import SCHEDULERS, Condition, Objective, scheduler_family, scheduler_point
+from ldm_pipeline.pipeline import (
+    SCHEDULERS,
+    Condition,
+    Objective,
+    scheduler_family,
+    scheduler_point,
+    set_timesteps,
+)
 
 FEW, MANY = 15, 50
 FIRST_ORDER = {case for case, (_, _, steps) in CASES.items() if steps > STEPS}
@@ -95,7 +102,7 @@ def test_from_the_middle_of_its_timesteps(case):
     """A clean latent, noised as the scheduler has it at a step, comes back as one of the data."""
     objective = OBJECTIVES["flow" if "flow" in case else "epsilon"]
     pipe = oracle_pipeline(objective, build(case), size=8)
-    pipe._set_timesteps(60, None, None)
+    set_timesteps(pipe.scheduler, 60)
     scheduler, condition = pipe.scheduler, Condition()
     begin = 20 * scheduler.order
     timesteps, family = scheduler.timesteps[begin:], scheduler_family(scheduler, pipe.objective)
