@@ -1,11 +1,13 @@
 """Guidance in every form: what it computes, how often, and what is refused."""
 
 import json
+import shutil
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import launch
 from diffusers import guiders
 from safetensors.torch import load_file, save_file
 
@@ -253,6 +255,25 @@ def test_a_model_with_its_guide_and_its_defaults_in_every_way_of_loading(tmp_pat
     save_file({name: w for name, w in load_file(weights).items() if name != "conv_in.bias"}, weights)
     with pytest.raises(ValueError, match="guide_unet: .*1 missing_keys .conv_in.bias"):
         LDMPipeline.from_pretrained(folder)
+
+
+def test_an_early_checkpoint_of_a_run_becomes_its_guide(tiny_run, tmp_path):
+    """Also for a run that is finished: then nothing is trained again."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    options = ["--redo", "[denoiser]", "--denoiser.keep_every", "4", "--denoiser.guide_step"]
+    launch("train_denoiser.py", *options, "4", config=run / "config.yaml")
+    unet = (run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    for step in (4, 8):
+        if step == 8:
+            launch("train_denoiser.py", "--denoiser.guide_step", "8", config=run / "config.yaml")
+        pipe = LDMPipeline.from_pretrained(run / "pipeline")
+        weights = load_file(run / "denoiser" / f"checkpoint-{step}" / "ema.safetensors")
+        assert all(torch.equal(weights[name], weight) for name, weight in pipe.guide_unet.named_parameters())
+        assert (run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == unet
+    refused = launch(
+        "train_denoiser.py", "--denoiser.guide_step", "5", config=run / "config.yaml", check=False
+    )
+    assert refused.returncode == 2 and "kept the checkpoints [4, 8, 12]" in refused.stderr
 
 
 @pytest.mark.parametrize(

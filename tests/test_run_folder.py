@@ -1,5 +1,6 @@
 """What may happen to a run folder, and what is refused before anything is touched."""
 
+import contextlib
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 from ldm_pipeline.models import build_unet
 from training.config import RunError, parse_config
-from training.runtime.folder import check_folder, check_space, close_folder, open_folder
+from training.runtime.folder import check_folder, check_guide, check_space, close_folder, open_folder
 
 
 def configure(folder, *options):
@@ -120,6 +121,26 @@ def test_the_disk_needs_no_room_for_checkpoints_of_a_pretrained_autoencoder(tmp_
     given = configure(tmp_path, "--autoencoder.pretrained=vae")
     given.autoencoder.keep_checkpoints = 5
     check_space(given, networks, 1)
+
+
+@pytest.mark.parametrize(
+    "step, there, redo, message",
+    [
+        (4, [], [], None),
+        (4, [8], ["denoiser"], None),  # trained again from the start
+        (6, [6, 12], [], None),  # kept, whatever the options are now
+        (4, [8, 12], [], r"kept the checkpoints \[8, 12\]"),
+        (6, [], [], "a multiple of --denoiser.checkpoint_every 2 and of --denoiser.keep_every 4"),
+        (12, [], [], "before the last .--denoiser.max_steps 12"),
+    ],
+)
+def test_the_checkpoint_of_a_guide_is_there_or_will_be(tmp_path, step, there, redo, message):
+    options = ("--denoiser.guide_step", str(step), "--denoiser.checkpoint_every=2", "--denoiser.keep_every=4")
+    config = configure(tmp_path / "run", *options, "--redo", str(redo))
+    for each in there:
+        (tmp_path / "run" / "denoiser" / f"checkpoint-{each}").mkdir(parents=True)
+    with pytest.raises(RunError, match=message) if message else contextlib.nullcontext():
+        check_guide(config)
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path):

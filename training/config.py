@@ -255,6 +255,9 @@ class DenoiserConfig(OptimizationConfig):
     """Inference steps of the grids, and the default of the finished pipeline."""
     guidance_scale: Finite = free(1.5)
     """Guidance scale of grids by class or caption, and the default of the finished pipeline; 1 is off."""
+    guide_step: NonNegativeInt = free(0)
+    """Step of an early checkpoint, kept by --denoiser.keep_every, whose EMA weights become the pipeline's
+    `guide_unet`: the weaker network of autoguidance (arXiv:2406.02507). 0: none. Finished runs may add it."""
     evaluate_every: NonNegativeInt = free(0)
     """Steps between two evaluations of samples of the EMA weights by --evaluation.features; 0: none."""
     evaluate_samples: Samples = free(1000, ignored_if=("evaluate_every", 0))
@@ -349,6 +352,11 @@ def check_config(config: Config) -> None:
     if config.evaluation.save_best and config.evaluation.pipeline:
         raise RunError(
             "--evaluation.save_best writes into a run's own pipeline: leave out --evaluation.pipeline"
+        )
+    if config.denoiser.guide_step and config.denoiser.text_encoder == "words":
+        raise RunError(
+            f"--denoiser.guide_step {config.denoiser.guide_step}: --denoiser.text_encoder words is trained "
+            "with the network, and an early network does not know what becomes of it; set it to 0"
         )
     if config.denoiser.zero_terminal_snr and config.denoiser.prediction_type == "epsilon":
         raise RunError(

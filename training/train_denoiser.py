@@ -22,7 +22,7 @@ from training.evaluation.validation import validation_loss
 from training.losses.denoising import DenoisingLoss, sample_timesteps, stratified
 from training.networks import new_denoiser, text_width_of
 from training.runtime.atomic import read_json, replacing
-from training.runtime.checkpoints import Checkpoints
+from training.runtime.checkpoints import Checkpoints, ema_weights
 from training.runtime.distributed import prepare, seed_dropout, use_global_dropout, whole
 from training.runtime.ema import EMA
 from training.runtime.log import RunLog
@@ -36,6 +36,8 @@ def denoiser_stands(run: Run) -> str | None:
     key, done = _latents_key(run), run.done("denoiser")
     if not done or done["steps"] < run.config.denoiser.max_steps or not (run.folder / "pipeline").exists():
         return None
+    if done.get("guide_step", 0) != run.config.denoiser.guide_step:
+        return None  # all steps are done: it writes the pipeline anew
     _check_key(run, done["latents"], key)
     return f"{run.folder / 'pipeline'} stands"
 
@@ -159,6 +161,7 @@ def train_denoiser(run: Run) -> None:
     save_pipeline(run, pipeline, ema)
     images = config.max_steps * batch_size
     done = {"steps": config.max_steps, "images": images, "seconds": log.seconds, "latents": key}
+    done["guide_step"] = config.guide_step
     run.finish("denoiser", done)
 
 
@@ -220,7 +223,7 @@ def default_arguments(config: DenoiserConfig, unet: nn.Module) -> dict:
 
 
 def save_pipeline(run: Run, pipeline: LDMPipeline, ema: EMA) -> None:
-    """Write the pipeline folder with the denoiser's EMA weights, whole or not at all."""
+    """Write the pipeline folder with EMA weights of the end and of `guide_step`, whole or not at all."""
     averages = {name: whole(value).cpu() for name, value in ema.state_dict().items()}
     if run.accelerator.is_main_process:
         with torch.device("meta"):  # the trained ones may be in shards
@@ -232,6 +235,11 @@ def save_pipeline(run: Run, pipeline: LDMPipeline, ema: EMA) -> None:
             own = {key.removeprefix(f"{name}."): value for key, value in averages.items()
                    if len(trained) == 1 or key.startswith(f"{name}.")}  # fmt: skip
             part.load_state_dict(own, assign=True)
+        if step := run.config.denoiser.guide_step:
+            with torch.device("meta"):
+                trained["guide_unet"] = new_denoiser(run.config, run.data, shape, width)
+            weights = ema_weights(run.folder / "denoiser" / f"checkpoint-{step}")
+            trained["guide_unet"].load_state_dict(weights, assign=True)
         parts = pipeline.components | trained
         averaged = LDMPipeline(
             **parts,

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,6 +18,14 @@ def found_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a stage's folder, oldest first."""
     paths = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
     return sorted(paths, key=_step_of)
+
+
+def ema_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The EMA weights in a checkpoint, by parameter name. RunError if they cannot be read."""
+    try:
+        return load_file(checkpoint / "ema.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{checkpoint / 'ema.safetensors'} cannot be read: {error}") from error
 
 
 def _step_of(path: Path) -> int:

@@ -15,6 +15,7 @@ from ldm_pipeline.pipeline import latent_shape
 from training.config import LOCK, Config, RunError, redact
 from training.options import options
 from training.runtime.atomic import clean_up, discard, write_bytes
+from training.runtime.checkpoints import found_checkpoints
 
 # The stages in order, and what each leaves in the run folder.
 STAGES = {
@@ -48,6 +49,37 @@ def check_folder(config: Config, say: Callable[[str], None] = print) -> None:
         raise RunError(
             f"{run} holds results of another configuration ({', '.join(fatal)} changed): choose another "
             f"--output_dir, set them back, or do it again from there: --redo '[{first}]'"
+        )
+
+
+def check_guide(config: Config) -> None:
+    """Whether the checkpoint of `--denoiser.guide_step` is there, or will be and stay.
+
+    Raises:
+        RunError: with the checkpoints that there are, or the options that keep it.
+    """
+    stage, run = config.denoiser, Path(config.output_dir)
+    redone = config.redo and config.redo != read_stored(run).get("redo")
+    starts = redone and _first_redone(config) <= list(STAGES).index("denoiser")
+    found = [] if starts else [int(path.name.split("-")[-1]) for path in found_checkpoints(run / "denoiser")]
+    step, name = stage.guide_step, f"--denoiser.guide_step {stage.guide_step}"
+    if not step or step in found:
+        return
+    if found and found[-1] > step:
+        raise RunError(
+            f"{name}: {run / 'denoiser'} has gone further, and kept the checkpoints {found}; choose one of "
+            "these, or train again with --redo '[denoiser]'"
+        )
+    if (
+        step >= stage.max_steps
+        or not stage.keep_every
+        or step % stage.keep_every
+        or step % stage.checkpoint_every
+    ):
+        raise RunError(
+            f"{name}: want a step before the last (--denoiser.max_steps {stage.max_steps}), a multiple of "
+            f"--denoiser.checkpoint_every {stage.checkpoint_every} and of --denoiser.keep_every "
+            f"{stage.keep_every}, whose checkpoints stay"
         )
 
 
@@ -85,7 +117,7 @@ def check_space(config: Config, networks: tuple[nn.Module, nn.Module], images: i
         trained = not getattr(stage, "pretrained", None)
         # A checkpoint has weights, EMA weights and two moments; one is written before one is deleted. The
         # result is stored for its stage and in the pipeline.
-        need += weights * (4 * (kept + 1) * trained + 2)
+        need += weights * (4 * (kept + 1) * trained + 2 + bool(getattr(stage, "guide_step", 0)))
     numbers = math.prod(latent_shape(networks[1])) * (2 if data.horizontal_flip else 1)
     need += images * numbers * 2 * 2  # float16, mean and deviation
     existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())

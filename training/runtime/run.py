@@ -18,7 +18,14 @@ from training.data.scan import Scan, scan
 from training.networks import check_data, check_networks, pretrained_text_encoder, text_width_of
 from training.runtime.accelerator import build_accelerator, on_main_process
 from training.runtime.atomic import read_json, write_json
-from training.runtime.folder import check_folder, check_space, lock_folder, open_folder, read_stored
+from training.runtime.folder import (
+    check_folder,
+    check_guide,
+    check_space,
+    lock_folder,
+    open_folder,
+    read_stored,
+)
 from training.runtime.signals import Interruption, leave_signals_to_parent
 
 Result = TypeVar("Result")
@@ -97,6 +104,8 @@ def start(config: Config, stages: list[str]) -> Run:
             text = pretrained_text_encoder(config.denoiser)
         networks = check_networks(config, accelerator.num_processes, text_width_of(config.denoiser, text))
     check_folder(config, accelerator.print)
+    if trains:
+        check_guide(config)
     lock = lock_folder(folder) if accelerator.is_main_process and not config.dry_run else None
     with accelerator.main_process_first():  # one downloads and scans
         data = load_images(config.data, captioned)
