@@ -177,3 +177,18 @@ def build_scheduler(objective: dict, name: str | None = None) -> SchedulerMixin:
         options |= {"solver_order": 3} if kind is diffusers.UniPCMultistepScheduler else {}
     taken = inspect.signature(kind.__init__).parameters
     return kind(**{key: value for key, value in options.items() if key in taken})
+
+
+def build_guider(name: str, guidance_scale: float):
+    """A guider of `diffusers.guiders`, with or without "Guidance" at its end, such as "AdaptiveProjected".
+
+    Raises:
+        ValueError: if there is none of this name, or it wants more than a scale.
+    """
+    from diffusers import guiders  # here, because older versions have none
+
+    kind = getattr(guiders, f"{name.removesuffix('Guidance')}Guidance", None)
+    if kind is None or "guidance_scale" not in inspect.signature(kind.__init__).parameters:
+        known = sorted(each.removesuffix("Guidance") for each in dir(guiders) if each.endswith("Guidance"))
+        raise ValueError(f"no guider {name} that takes a scale; Diffusers has {', '.join(known)}")
+    return kind(guidance_scale=guidance_scale)

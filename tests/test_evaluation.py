@@ -192,6 +192,11 @@ def test_a_run_without_its_feature_network_ends_with_everything_else(tiny_run, t
         ("schedulers=[PNDM] num_inference_steps=[2]", "PNDM with 2 steps"),
         ("guidance_scales=[2] --denoiser.class_conditional=false", "no classes"),
         ("save_best=true", "only one setting"),
+        ("save_best=true guidance_kinds=[classifier_free, Tangential]", "leave Tangential out"),
+        ("guidance_kinds=[Adaptive]", "no guider Adaptive that takes a scale; .*AdaptiveProjected, "),
+        ("guidance_kinds=[autoguidance]", "no guide_unet; --denoiser.guide_step"),
+        ("guidance_intervals=[[0.5, 0.2]]", r"intervals \[0.5, 0.2\]: .*wanted two rising noise levels"),
+        ("guidance_intervals=[[0.5]]", "wanted two rising noise levels"),
         ("pipeline=org/model", "a pipeline of its own"),
     ],
 )
@@ -205,7 +210,7 @@ def test_options_are_checked_before_the_first_step(options, message):
 
 def test_the_sampler_leaves_the_pipeline_as_it_was(tiny_run):
     pipe = LDMPipeline.from_pretrained(tiny_run / "pipeline")
-    own, settings = pipe.scheduler, SamplingSettings(DDIMScheduler(clip_sample=False), 1, 1.0)
+    own, settings = pipe.scheduler, SamplingSettings(pipe.objective, DDIMScheduler(clip_sample=False), 1, 1.0)
     assert Sampler(pipe, Accelerator(cpu=True), 0, 4, None).sample(settings, range(2)).shape == (2, 1, 16, 16)
     assert pipe.scheduler is own
 
@@ -214,12 +219,13 @@ def test_new_defaults_are_written_as_a_whole_or_not_at_all(tiny_run, tmp_path, m
     folder = shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     scheduler = DDIMScheduler(prediction_type="v_prediction")
+    settings = SamplingSettings(LDMPipeline.from_pretrained(folder).objective, scheduler, 3, 2.0)
     with monkeypatch.context() as patch:
         patch.setattr(scheduler, "save_pretrained", lambda folder: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            save_defaults(folder, SamplingSettings(scheduler, 3, 2.0), conditional=True)
+            save_defaults(folder, settings, conditional=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    save_defaults(folder, SamplingSettings(scheduler, 3, 2.0), conditional=True)
+    save_defaults(folder, settings, conditional=True)
     pipe = LDMPipeline.from_pretrained(folder)
     assert isinstance(pipe.scheduler, DDIMScheduler)
     assert pipe.config.defaults == {"num_inference_steps": 3, "guidance_scale": 2.0}

@@ -1,5 +1,6 @@
 """Guidance in every form: what it computes, how often, and what is refused."""
 
+import csv
 import json
 import shutil
 
@@ -14,9 +15,13 @@ from safetensors.torch import load_file, save_file
 from benchmarks.oracle import CASES, DEVIATION, MEAN, OBJECTIVES, GaussianOracle, build, oracle_pipeline
 from benchmarks.oracle import sample as sample_oracle
 from ldm_pipeline import LDMPipeline
+from ldm_pipeline.models import build_scheduler
 from ldm_pipeline.pipeline import Condition, Guidance, Objective, guided, noise_levels, set_timesteps
 from tests.test_loading import HOSTED, run
 from tests.test_pipeline import FLOW, NAMES, VP, generators, sample, tiny_pipe, tiny_unet
+from training.config import EvaluationConfig
+from training.evaluation.samples import SamplingSettings
+from training.evaluation.sweep import configured_settings
 
 VP_OBJECTIVES = [{"prediction_type": p, **VP} for p in ("epsilon", "v_prediction")]
 EULER = diffusers.FlowMatchEulerDiscreteScheduler  # four steps are at the noise levels 1, 0.75, 0.5, 0.25
@@ -85,6 +90,30 @@ def test_outside_the_interval_the_network_is_evaluated_once():
     set_timesteps(two_stages.scheduler, 4)
     levels = noise_levels(two_stages.scheduler, two_stages.objective)
     assert count == [4 if 0.2 < level <= 0.7 else 2 for level in levels] and {2, 4} == set(count)
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", "KDPM2Discrete", "EDMEuler", "DDIM"])
+@pytest.mark.parametrize("guidance", ["classifier_free", "autoguidance", "AdaptiveProjected"])
+def test_the_evaluations_of_settings_are_those_of_the_call(name, guidance):
+    pipe = pipe_with_guide()
+    scheduler = pipe.scheduler = build_scheduler(FLOW, name)
+    interval = (0.0, 1.0) if guidance == "AdaptiveProjected" else (0.35, 0.8)
+    settings = SamplingSettings(pipe.objective, scheduler, 7, 2.0, guidance, interval, 0.5)
+    counts = rows(pipe.unet, pipe.guide_unet)
+    latents(pipe, num_inference_steps=7, **settings.guidance_arguments())
+    assert 2 * settings.network_evaluations == sum(map(sum, counts))
+    assert (len(counts[1]) > 0) == (guidance == "autoguidance")
+
+
+def test_settings_that_differ_in_nothing_are_one():
+    own = SamplingSettings(Objective(FLOW), build_scheduler(FLOW), 9, 1.0)
+    kinds = ["classifier_free", "autoguidance", "AdaptiveProjected"]
+    options = {"guidance_scales": [1.0, 2.0], "guidance_kinds": kinds, "guidance_rescales": [0.0, 0.7]}
+    config = EvaluationConfig(guidance_intervals=[[0, 1], [0.2, 0.8]], **options)
+    settings = configured_settings(config, own, conditional=True, has_guide=True)
+    assert len({str(each) for each in settings}) == len(settings) == 1 + 4 + 4 + 1
+    assert str(settings[0]) == "UniPCMultistep, 9 steps, guidance 1"
+    assert "autoguidance 2 from 0.2 to 0.8 rescaled 0.7" in str(settings[-2])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -270,6 +299,20 @@ def test_an_early_checkpoint_of_a_run_becomes_its_guide(tiny_run, tmp_path):
         weights = load_file(run / "denoiser" / f"checkpoint-{step}" / "ema.safetensors")
         assert all(torch.equal(weights[name], weight) for name, weight in pipe.guide_unet.named_parameters())
         assert (run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == unet
+    sweeps = ["--evaluation.num_inference_steps", "[4]", "--evaluation.num_samples", "20"]
+    sweeps += ["--evaluation.guidance_scales", "[1, 2, 3]", "--evaluation.guidance_rescales", "[0.5]"]
+    sweeps += ["--evaluation.guidance_intervals", "[[0, 1], [0.3, 0.9]]", "--evaluation.save_best"]
+    sweeps += ["--evaluation.guidance_kinds", "[classifier_free, autoguidance]"]
+    launch("evaluate_ldm.py", *sweeps, config=run / "config.yaml")
+    rows = list(csv.DictReader(open(run / "sweep" / "table.csv")))
+    assert len(rows) == 9 and {row["network_evaluations"] for row in rows} == {"4", "6", "8"}
+    best = min(rows, key=lambda row: float(row["FD-20"]))
+    defaults = LDMPipeline.from_pretrained(run / "pipeline").config.defaults
+    assert defaults.get("autoguidance", False) == (best["guidance"] == "autoguidance")
+    assert defaults.get("guidance_interval", [0.0, 1.0]) == json.loads(best["guidance_interval"])
+    assert defaults.get("guidance_rescale", 0.0) == float(best["guidance_rescale"])
+    protocol = json.loads((run / "metrics.json").read_text())["samples"]["protocol"]
+    assert protocol["guidance"] == best["guidance"]
     refused = launch(
         "train_denoiser.py", "--denoiser.guide_step", "5", config=run / "config.yaml", check=False
     )

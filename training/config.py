@@ -292,6 +292,15 @@ class EvaluationConfig:
     """Numbers of steps. Default: the pipeline's own."""
     guidance_scales: list[Finite] = free([], ignored_if=("num_samples", 0))
     """Guidance scales; 1 is off. Default: the pipeline's own."""
+    guidance_intervals: list[list[Share]] = free([], ignored_if=("num_samples", 0))
+    """Noise levels that are guided (arXiv:2404.07724), such as [[0, 1], [0.2, 0.8]]; 0 is clean, 1 is noise.
+    At all others one evaluation is enough. Default: the pipeline's own."""
+    guidance_rescales: list[Share] = free([], ignored_if=("num_samples", 0))
+    """Shares of the deviation that guidance adds and rescaling takes back (arXiv:2305.08891). Default: the
+    pipeline's own."""
+    guidance_kinds: list[str] = free([], ignored_if=("num_samples", 0))
+    """What guides: classifier_free; autoguidance, where there is a `guide_unet`; or a guider of Diffusers,
+    such as AdaptiveProjected, at every noise level and without rescaling. Default: the pipeline's own."""
     save_best: bool = free(False, ignored_if=("num_samples", 0))
     """Store the best setting of a sweep as the default of the run's pipeline."""
     save_samples: Literal["png", "npz"] | None = free(None, ignored_if=("num_samples", 0))

@@ -66,8 +66,8 @@ def evaluation_key(run: Run, pipeline: LDMPipeline) -> dict:
 
 def settings_of(run: Run, pipeline: LDMPipeline) -> list[SamplingSettings]:
     """The settings to measure, the pipeline's own where the options say nothing else."""
-    own, conditional = SamplingSettings.of_pipeline(pipeline), is_guidable(pipeline)
-    return configured_settings(run.config.evaluation, pipeline.objective.config, own, conditional)
+    own, has_guide = SamplingSettings.of_pipeline(pipeline), pipeline.components["guide_unet"] is not None
+    return configured_settings(run.config.evaluation, own, is_guidable(pipeline), has_guide)
 
 
 def is_guidable(pipeline: LDMPipeline) -> bool:

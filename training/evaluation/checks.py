@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 from ldm_pipeline.models import build_scheduler
+from ldm_pipeline.pipeline import Objective
 from training.config import RunError, objective_of
 from training.evaluation.features import why_unavailable
 from training.evaluation.metrics import MIN_SAMPLES
@@ -57,11 +58,20 @@ def _check_options(run: Run, trains: bool) -> None:
             f"--evaluation.num_samples {evaluation.num_samples}: metrics need {MIN_SAMPLES} training images, "
             f"there are {len(run.data.train)}; set it to 0"
         )
-    tried = [evaluation.schedulers, evaluation.num_inference_steps, evaluation.guidance_scales]
+    guidance = [
+        getattr(evaluation, f"guidance_{name}") for name in ("scales", "kinds", "intervals", "rescales")
+    ]
+    tried = [evaluation.schedulers, evaluation.num_inference_steps, *guidance]
     if evaluation.save_best and all(len(values) < 2 for values in tried):
         raise RunError(
             "--evaluation.save_best: there is only one setting; give several of --evaluation.schedulers, "
             "--evaluation.num_inference_steps or --evaluation.guidance_scales"
+        )
+    guiders = set(evaluation.guidance_kinds) - {"classifier_free", "autoguidance"}
+    if evaluation.save_best and guiders:
+        raise RunError(
+            f"--evaluation.save_best: a guider of Diffusers cannot be a pipeline's default; leave "
+            f"{min(guiders)} out of --evaluation.guidance_kinds, or measure without save_best"
         )
     if not trains:
         return  # the pipeline is there, and is checked next
@@ -70,8 +80,9 @@ def _check_options(run: Run, trains: bool) -> None:
             f"--evaluation.pipeline {evaluation.pipeline}: this run trains a pipeline of its own; use "
             "training/evaluate_ldm.py"
         )
-    conditional = is_conditional(config, run.data)
+    conditional = is_conditional(config, run.data) or config.denoiser.text_encoder is not None
     objective = objective_of(config.denoiser)
     scale = config.denoiser.guidance_scale if conditional else 1.0
-    own = SamplingSettings(build_scheduler(objective), config.denoiser.sample_steps, scale)
-    configured_settings(evaluation, objective, own, conditional)
+    scheduler, steps = build_scheduler(objective), config.denoiser.sample_steps
+    own = SamplingSettings(Objective(objective), scheduler, steps, scale)
+    configured_settings(evaluation, own, conditional, config.denoiser.guide_step > 0)

@@ -62,47 +62,70 @@ def save_curve(values: dict[int, float], name: str, path: Path) -> None:
     _save(axes, path)
 
 
+def guidance_words(row: dict) -> str:
+    """The guidance of a `SamplingSettings.describe()` in words; of what is missing there, nothing is said."""
+    kind = row.get("guidance", "classifier_free").replace("classifier_free", "guidance")
+    low, high = row.get("guidance_interval", (0, 1))
+    words = [f"{kind} {row['guidance_scale']:g}" if "guidance_scale" in row else kind]
+    words += [f"from {low:g} to {high:g}"] if (low, high) != (0, 1) else []
+    words += [f"rescaled {row['guidance_rescale']:g}"] if row.get("guidance_rescale") else []
+    return " ".join(words)
+
+
 def save_sweep(rows: list[dict], name: str, path: Path) -> None:
-    """Plot the metric `name` of every setting by its network evaluations; the lowest is marked.
+    """Plot the metric `name` of every setting; the lowest is marked.
+
+    The axis is the number of network evaluations. If only the guidance varies, it is the guidance scale.
 
     Args:
         rows: `SamplingSettings.describe()` and "figures", the metrics by name; a line per scheduler and
-            guidance scale.
+            guidance.
     """
     from matplotlib.ticker import LogLocator  # here, because it takes a second to import
 
-    axes = _axes("network evaluations per image", name)
-    schedulers = list(dict.fromkeys(row["scheduler"] for row in rows))
-    scales = list(dict.fromkeys(row["guidance_scale"] for row in rows))
-    for scheduler in schedulers:
-        for scale in scales:
-            line = [row for row in rows if (row["scheduler"], row["guidance_scale"]) == (scheduler, scale)]
-            line.sort(key=lambda row: row["network_evaluations"])
-            axes.plot(
-                [row["network_evaluations"] for row in line],
-                [row["figures"][name] for row in line],
-                color=f"C{schedulers.index(scheduler) % 10}",
-                marker="osD^vPX*"[schedulers.index(scheduler) % 8],
-                linestyle=("-", "--", ":", "-.")[scales.index(scale) % 4],
-                markersize=5,
-                label=scheduler + (f", guidance {scale:g}" if len(scales) > 1 else ""),
-            )
+    by_scale = len({(row["scheduler"], row["num_inference_steps"]) for row in rows}) == 1
+    by_scale = by_scale and len({row["guidance_scale"] for row in rows}) > 1
+    x = "guidance_scale" if by_scale else "network_evaluations"
+    axes = _axes("guidance scale; 1 is off" if by_scale else "network evaluations per image", name)
+    lines: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        own = {key: value for key, value in row.items() if not by_scale or key != "guidance_scale"}
+        lines.setdefault((row["scheduler"], guidance_words(own)), []).append(row)
+    schedulers, guidances = (list(dict.fromkeys(part)) for part in zip(*lines, strict=True))
+    for (scheduler, guidance), line in lines.items():
+        numbers = schedulers.index(scheduler), guidances.index(guidance)
+        first, second = numbers if len(schedulers) > 1 else numbers[::-1]
+        label = (
+            ", ".join([scheduler] * (len(schedulers) > 1) + [guidance] * (len(guidances) > 1)) or scheduler
+        )
+        if by_scale:
+            label += f", {max(row['network_evaluations'] for row in line)} evaluations"
+            line = line + [row for row in rows if row["guidance_scale"] == 1 and row not in line]
+        line = sorted(line, key=lambda row: row[x])
+        axes.plot(
+            [row[x] for row in line],
+            [row["figures"][name] for row in line],
+            color=f"C{first % 10}",
+            marker="osD^vPX*"[first % 8],
+            linestyle=("-", "--", ":", "-.")[second % 4],
+            markersize=5,
+            label=label,
+        )
     best = min(rows, key=lambda row: row["figures"][name])
-    x, y = best["network_evaluations"], best["figures"][name]
-    axes.plot(x, y, "o", markersize=14, markerfacecolor="none", markeredgecolor="black")
-    settings = (
-        f"{best['scheduler']}, {best['num_inference_steps']} steps, guidance {best['guidance_scale']:g}"
-    )
-    axes.set_title(f"lowest: {y:.3g}, {settings}", fontsize=10)
-    axes.set_xscale("log")
+    value = best["figures"][name]
+    axes.plot(best[x], value, "o", markersize=14, markerfacecolor="none", markeredgecolor="black")
+    settings = f"{best['scheduler']}, {best['num_inference_steps']} steps, {guidance_words(best)}"
+    axes.set_title(f"lowest: {value:.3g}, {settings}", fontsize=10)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
-    ticks: list[int] = []
-    for evaluations in sorted({row["network_evaluations"] for row in rows}):
-        if not ticks or evaluations > 1.15 * ticks[-1]:  # closer numbers would overlap
-            ticks.append(evaluations)
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    if not by_scale:
+        axes.set_xscale("log")
+        ticks: list[int] = []
+        for evaluations in sorted({row[x] for row in rows}):
+            if not ticks or evaluations > 1.15 * ticks[-1]:  # closer numbers would overlap
+                ticks.append(evaluations)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.legend(fontsize=8, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
     _save(axes, path)

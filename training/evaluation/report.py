@@ -10,6 +10,7 @@ import torch
 from ldm_pipeline.loading import LDMPipeline
 from ldm_pipeline.model_card import metric
 from training.evaluation.features import FeatureNetwork
+from training.evaluation.plots import guidance_words
 from training.runtime.accelerator import cpu_capabilities
 from training.runtime.run import Run
 
@@ -38,10 +39,12 @@ def protocol_of(run: Run, network: FeatureNetwork) -> dict:
 def circumstances(run: Run, pipeline: LDMPipeline) -> dict:
     """Time, size, hardware, date and versions."""
     stages = ("autoencoder", "latents", "denoiser")
-    parts = {"vae": pipeline.vae, "unet": pipeline.denoiser}
+    parts = {name: pipeline.components[name] for name in ("vae", "unet", "guide_unet")}
     return {
         "seconds": {stage: done["seconds"] for stage in stages if (done := run.done(stage))},
-        "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
+        "parameters": {
+            name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part
+        },
         "seed": run.config.seed,
         "hardware": hardware(run),
         "precision": precision(run),
@@ -91,8 +94,8 @@ def report(results: dict) -> str:
             f"{copies['share']:.1%} of samples"
         )
     lines.append(
-        f"protocol: {protocol['scheduler']}, {protocol['num_inference_steps']} steps, guidance "
-        f"{protocol['guidance_scale']:g}, seed {protocol['seed']}, {protocol['dtype']}; compared with "
+        f"protocol: {protocol['scheduler']}, {protocol['num_inference_steps']} steps, "
+        f"{guidance_words(protocol)}, seed {protocol['seed']}, {protocol['dtype']}; compared with "
         f"{protocol['reference']}, by features of {protocol['features']} (resize: {protocol['resize']})"
     )
     return "\n".join([*lines, f"hardware: {results['hardware']}"])

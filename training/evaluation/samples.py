@@ -18,7 +18,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm_pipeline.loading import LDMPipeline
-from ldm_pipeline.pipeline import num_classes, text_width
+from ldm_pipeline.models import build_guider
+from ldm_pipeline.pipeline import Objective, noise_levels, num_classes, set_timesteps, text_width
 from training.data.order import seeded_generator
 from training.evaluation.features import (
     FeatureNetwork,
@@ -28,7 +29,7 @@ from training.evaluation.features import (
     why_unavailable,
 )
 from training.evaluation.metrics import Reference, ranking_metric
-from training.evaluation.plots import save_curve, save_grid, to_uint8
+from training.evaluation.plots import guidance_words, save_curve, save_grid, to_uint8
 from training.evaluation.store import BatchStore, cache_key
 from training.evaluation.validation import inference
 from training.runtime.accelerator import on_main_process
@@ -40,31 +41,70 @@ GOLDEN = (5**0.5 - 1) / 2
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Scheduler, steps and guidance of samples."""
+    """Scheduler, steps and guidance of samples; see `ldm_pipeline.pipeline.Guidance`.
 
+    Args:
+        objective: of the pipeline.
+        guidance: "classifier_free", "autoguidance", or the name of a guider of Diffusers, which takes the
+            scale alone.
+    """
+
+    objective: Objective
     scheduler: SchedulerMixin
     num_inference_steps: int
     guidance_scale: float
+    guidance: str = "classifier_free"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
 
     @classmethod
     def of_pipeline(cls, pipeline: LDMPipeline) -> "SamplingSettings":
         """The pipeline's own defaults."""
         defaults = pipeline.config.defaults or {}
-        guidable = num_classes(pipeline.denoiser) or text_width(pipeline.denoiser)
-        scale = defaults.get("guidance_scale", 1.0) if guidable else 1.0
-        return cls(pipeline.scheduler, defaults.get("num_inference_steps", 20), scale)
+        auto = defaults.get("autoguidance", False)
+        guidable = auto or num_classes(pipeline.denoiser) or text_width(pipeline.denoiser)
+        return cls(
+            pipeline.objective,
+            pipeline.scheduler,
+            defaults.get("num_inference_steps", 20),
+            defaults.get("guidance_scale", 1.0) if guidable else 1.0,
+            "autoguidance" if auto else "classifier_free",
+            tuple(defaults.get("guidance_interval", (0.0, 1.0))),
+            defaults.get("guidance_rescale", 0.0),
+        )
 
     @property
     def name(self) -> str:
         """Class of the scheduler, without its suffix."""
         return type(self.scheduler).__name__.removesuffix("Scheduler")
 
-    @property
+    @cached_property
     def network_evaluations(self) -> int:
-        """Evaluations of the denoiser per image: guidance doubles them, and so do two-stage solvers."""
-        scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(self.num_inference_steps)
-        return len(scheduler.timesteps) * (1 if self.guidance_scale == 1 else 2)
+        """Evaluations of denoiser and guide per image: a guided noise level has two, and so has a step of a
+        two-stage solver."""
+        scheduler, (low, high) = copy.deepcopy(self.scheduler), self.guidance_interval
+        set_timesteps(scheduler, self.num_inference_steps)
+        count = len(scheduler.timesteps)
+        if self.guidance_scale == 1:
+            return count
+        if (low, high) == (0, 1):
+            return 2 * count
+        return count + sum(low < level <= high for level in noise_levels(scheduler, self.objective))
+
+    @cached_property
+    def guider(self):
+        """The guider of Diffusers, or None."""
+        if self.guidance in ("classifier_free", "autoguidance"):
+            return None
+        return build_guider(self.guidance, self.guidance_scale)
+
+    def guidance_arguments(self) -> dict:
+        """The guidance of a pipeline's call."""
+        own = {"autoguidance": self.guidance == "autoguidance"}
+        if self.guider is not None:
+            return own | {"guider": self.guider}
+        names = ("guidance_scale", "guidance_interval", "guidance_rescale")
+        return own | {name: getattr(self, name) for name in names}
 
     def describe(self) -> dict:
         """The entries of a table or a protocol."""
@@ -72,8 +112,14 @@ class SamplingSettings:
             "scheduler": self.name,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
+            "guidance": self.guidance,
+            "guidance_interval": list(self.guidance_interval),
+            "guidance_rescale": self.guidance_rescale,
             "network_evaluations": self.network_evaluations,
         }
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.num_inference_steps} steps, {guidance_words(self.describe())}"
 
 
 @dataclass(frozen=True)
@@ -164,7 +210,7 @@ class Sampler:
                     class_labels=labels.tolist() if classes and labels is not None else None,
                     batch_size=len(indices),
                     num_inference_steps=settings.num_inference_steps,
-                    guidance_scale=settings.guidance_scale,
+                    **settings.guidance_arguments(),
                     generator=[seeded_generator(self.device, self.seed, purpose, i) for i in indices],
                     output_type="pt",
                 ).images
@@ -183,8 +229,10 @@ def new_sampler(run: Run, pipeline: LDMPipeline) -> Sampler:
 def pipeline_sha256(pipeline: LDMPipeline) -> str:
     """Hexadecimal SHA-256 of the weights of all networks."""
     digest = weights_sha256(pipeline.denoiser, weights_sha256(pipeline.vae).encode())
-    text_encoder = pipeline.components["text_encoder"]
-    return digest if text_encoder is None else weights_sha256(text_encoder, digest.encode())
+    for name in ("text_encoder", "guide_unet"):
+        if (network := pipeline.components[name]) is not None:
+            digest = weights_sha256(network, digest.encode())
+    return digest
 
 
 @dataclass(frozen=True)
@@ -224,13 +272,15 @@ class SampleMetrics:
                 kept = {"images": images} if self.keep_images else {}
                 yield self.network(images) | {"digests": digests} | kept
 
-        title = f"{settings.name} {settings.num_inference_steps} x{settings.guidance_scale:g}"
-        return self.store.compute(name or self.store_name(settings), count, compute, title, without="images")
+        name = name or self.store_name(settings)
+        return self.store.compute(name, count, compute, str(settings), without="images")
 
     def store_name(self, settings: SamplingSettings) -> str:
         """The name in the store, with a hash of everything that the samples and their features depend on."""
         # Entries under an underscore are Diffusers' own: saving changes them.
         scheduler = {key: value for key, value in settings.scheduler.config.items() if key[0] != "_"}
+        guidance = settings.guidance, settings.guidance_interval, settings.guidance_rescale
+        plain = settings.guidance_scale == 1 or guidance == ("classifier_free", (0, 1), 0)
         key = cache_key(
             weights=self._weights,
             scheduler=f"{settings.name} {json.dumps(scheduler, default=str, sort_keys=True)}",
@@ -238,6 +288,7 @@ class SampleMetrics:
             guidance=settings.guidance_scale,
             seed=self.sampler.seed,
             labels=None if self.sampler.labels is None else self.sampler.labels.bincount().tolist(),
+            **({} if plain else {"kind": guidance}),
             **({"captions": self.sampler.captions} if self.sampler.captions else {}),
             arithmetic=f"{self.sampler.accelerator.mixed_precision} {self.sampler.device.type}",
             network=self.network.sha256,

@@ -28,8 +28,8 @@ METRICS = (
 )
 PROTOCOL = (
     *("n", "dataset", "train_images", "split", "resolution", "resize", "features", "features_sha256"),
-    *("seed", "dtype", "versions", "scheduler", "num_inference_steps", "guidance_scale"),
-    *("network_evaluations", "samples_sha256", "agreement by"),
+    *("seed", "dtype", "versions", "scheduler", "num_inference_steps", "guidance_scale", "guidance"),
+    *("guidance_interval", "guidance_rescale", "network_evaluations", "samples_sha256", "agreement by"),
 )
 
 
