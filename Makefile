@@ -14,7 +14,7 @@ test: .venv/installed ## set up, then run all tests, on two cores in a few minut
 proofs: .venv/installed ## the longer tests: one process and two, whole and sharded
 	$(BIN)/python -m pytest -m slow -s
 
-chaos: .venv/installed ## kill the tiny run everywhere, fill its disk, and compare what is left (Linux, 10 minutes)
+chaos: .venv/installed ## kill the tiny run everywhere, fill its disk, and compare what is left (Linux; long)
 	$(BIN)/python tests/chaos.py
 
 fuzz: .venv/installed ## try broken images and model folders, and count the outcomes

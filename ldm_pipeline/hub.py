@@ -24,10 +24,11 @@ from ldm_pipeline.pipeline import num_classes
 
 PICTURES = ("samples.png", "reconstructions.png", "neighbours.png", "sweep.png")
 FILES = ("model_index.json", "pipeline.py", "README.md", "training_config.yaml", "metrics.json", *PICTURES)
-COMPONENTS = ("vae", "unet", "scheduler", "guide_unet")
+COMPONENTS = ("vae", "unet", "scheduler", "guide_unet", "text_encoder", "tokenizer")
 # Files in the components' folders that an export makes. Other variants, such as fp16, are their owner's.
 COMPONENT_FILE = re.compile(
-    rf"({'|'.join(COMPONENTS)})/(scheduler_config|config|diffusion_pytorch_model(\.raw)?(-\d+-of-\d+)?|"
+    rf"({'|'.join(COMPONENTS)})/(scheduler_config|config|tokenizer|tokenizer_config|"
+    r"(diffusion_pytorch_)?model(\.raw)?(-\d+-of-\d+)?|model\.safetensors\.index|"
     r"diffusion_pytorch_model\.safetensors\.index(\.raw)?)\.(json|safetensors)"
 )
 
@@ -84,7 +85,7 @@ def export_for_hub(
         for name, picture in record.pictures.items():
             shutil.copyfile(picture, aside / name)
         if "samples.png" not in record.pictures:
-            _sample_grid(pipe).save(aside / "samples.png")
+            _sample_grid(pipe, record.metrics.get("prompts", [])).save(aside / "samples.png")
         pictures = tuple(name for name in PICTURES if (aside / name).exists())
         known = {"record": record, "title": title, "dataset": dataset, "source_url": source_url}
         card = render_card(pipe, repo_id, license, pictures=pictures, **known)
@@ -114,11 +115,13 @@ def check_target(folder: Path) -> None:
         raise HubError(f"{folder}: {found} is not the export that it would replace; choose another folder")
 
 
-def _sample_grid(pipe: LDMPipeline) -> Image.Image:
-    """Two rows of eight samples from fixed noise: of the classes in turn, or evenly spread over many."""
+def _sample_grid(pipe: LDMPipeline, prompts: list[str]) -> Image.Image:
+    """Two rows of eight samples from fixed noise: of the prompts in turn, or the classes, evenly spread."""
     settings, classes = sampling_settings(pipe, {}), num_classes(pipe.denoiser)
     if classes:
         settings["class_labels"] = [i * classes // 16 if classes > 16 else i % classes for i in range(16)]
+    if prompts:
+        settings["prompt"] = [prompts[i % len(prompts)] for i in range(16)]
     generators = [torch.Generator().manual_seed(seed) for seed in range(16)]
     grid = make_image_grid(pipe(**settings, generator=generators).images, 2, 8)
     scale = max(1, 800 // grid.width)

@@ -11,7 +11,14 @@ from huggingface_hub.utils import yaml_dump
 from jinja2 import ChainableUndefined, Environment
 from torch import Tensor
 
-from ldm_pipeline.pipeline import LDMPipeline, downsampling, latent_shape, num_classes
+from ldm_pipeline.pipeline import (
+    LDMPipeline,
+    downsampling,
+    is_conditional,
+    latent_shape,
+    num_classes,
+    text_width,
+)
 
 SWEEP_ROWS = 12
 
@@ -77,9 +84,10 @@ def render_card(
         record=record,
         pipe=pipe,
         classes=num_classes(pipe.denoiser),
+        condition=_condition(pipe),
         latents=latent_shape(pipe.denoiser),
         image_size=image_size(pipe),
-        call=_call(pipe, names, record.metrics.get("samples", {}).get("protocol", {})),
+        call=_call(pipe, names, record.metrics),
         class_names=names,
         real=_by_metric(record.metrics.get("real", {})),
         sweep=_sweep(record.sweep),
@@ -105,7 +113,7 @@ def template_path() -> Path:
 def sampling_settings(pipe: LDMPipeline, protocol: dict) -> dict:
     """Arguments of a call: the pipeline's defaults, else the evaluation's, else 20 steps without guidance."""
     names = {"num_inference_steps": 20, "guidance_scale": 1.0}
-    if not num_classes(pipe.denoiser):
+    if not is_conditional(pipe.denoiser):
         del names["guidance_scale"]
     known = protocol | (pipe.config.get("defaults") or {})
     return {name: known.get(name) or value for name, value in names.items()}
@@ -117,12 +125,22 @@ def image_size(pipe: LDMPipeline) -> list[int]:
     return [side * downsampling(pipe.vae) for side in latent_shape(pipe.denoiser)[1:]]
 
 
-def _call(pipe: LDMPipeline, names: list[str], protocol: dict) -> str:
+def _condition(pipe: LDMPipeline) -> str:
+    """The kind of model, in the words of its card."""
+    kinds = {"class": num_classes(pipe.denoiser), "text": text_width(pipe.denoiser)}
+    return " and ".join(f"{kind}-conditional" for kind in kinds if kinds[kind]) or "unconditional"
+
+
+def _call(pipe: LDMPipeline, names: list[str], metrics: dict) -> str:
     """The arguments of the snippet's call, as Python."""
+    protocol = metrics.get("samples", {}).get("protocol", {})
     arguments = [f"{name}={value}" for name, value in sampling_settings(pipe, protocol).items()]
     if num_classes(pipe.denoiser):
         unique = [name for name in names if names.count(name) == 1]
         arguments.insert(0, f"class_labels={json.dumps(unique[0], ensure_ascii=False) if unique else 0}")
+    if text_width(pipe.denoiser):
+        prompt = metrics.get("prompts", ["a picture"])[0]
+        arguments.insert(0, json.dumps(prompt, ensure_ascii=False))
     return ", ".join(arguments)
 
 
@@ -173,13 +191,12 @@ def _front_matter(pipe: LDMPipeline, repo_id: str, license: str, dataset: str | 
                 for name, value in measured(found).items()
                 if name != "n"
             ]
-    condition = "class-conditional" if num_classes(pipe.denoiser) else "unconditional"
     return ModelCardData(
         license=license,
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
+        pipeline_tag="text-to-image" if text_width(pipe.denoiser) else "unconditional-image-generation",
         datasets=[dataset] if is_hub_id(dataset) else None,
-        tags=["ldm-pipeline", "latent-diffusion", condition],
+        tags=["ldm-pipeline", "latent-diffusion", *_condition(pipe).split(" and ")],
         model_name=repo_id.split("/")[1] if results else None,
         eval_results=results or None,
     ).to_dict()

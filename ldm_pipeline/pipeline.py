@@ -239,6 +239,11 @@ def downsampling(vae) -> int:
     return 2 ** (len(widths) - 1)
 
 
+def is_conditional(denoiser) -> bool:
+    """Whether the denoiser can be asked for classes or texts, to which guidance leads."""
+    return num_classes(denoiser) > 0 or text_width(denoiser) > 0
+
+
 def latent_shape(denoiser) -> tuple[int, ...]:
     """(C, H, W) of the latents of one image."""
     size = denoiser.config.sample_size

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ldm_pipeline.loading import LDMPipeline
-from ldm_pipeline.pipeline import latent_shape, num_classes, text_width
+from ldm_pipeline.pipeline import is_conditional, latent_shape, num_classes, text_width
 from training.config import RunError
 from training.data.captions import cached_captions
 from training.data.conditions import Conditions
@@ -67,12 +67,7 @@ def evaluation_key(run: Run, pipeline: LDMPipeline) -> dict:
 def settings_of(run: Run, pipeline: LDMPipeline) -> list[SamplingSettings]:
     """The settings to measure, the pipeline's own where the options say nothing else."""
     own, has_guide = SamplingSettings.of_pipeline(pipeline), pipeline.components["guide_unet"] is not None
-    return configured_settings(run.config.evaluation, own, is_guidable(pipeline), has_guide)
-
-
-def is_guidable(pipeline: LDMPipeline) -> bool:
-    """Whether the pipeline has classes or text to guide to."""
-    return num_classes(pipeline.denoiser) > 0 or text_width(pipeline.denoiser) > 0
+    return configured_settings(run.config.evaluation, own, is_conditional(pipeline.denoiser), has_guide)
 
 
 def evaluate(run: Run) -> None:
@@ -103,6 +98,7 @@ def evaluate(run: Run) -> None:
         best, measured = measure_samples(run, sampler, settings, network, store)
         results |= measured
     sampler.save_grid(best, run.folder / "samples" / "samples.png", rows=8)
+    results |= {"prompts": sampler.prompts(range(8))} if sampler.captions else {}
     key |= {"unavailable": config.features} if missing else {}
     results |= circumstances(run, pipeline) | {"key": key}
     if run.accelerator.is_main_process:
@@ -202,7 +198,7 @@ def measure_samples(
         settings = sweep(metrics, all_settings, count, protocol, run.folder / "sweep")
         if config.save_best:
             folder = run.folder / "pipeline"
-            run.once(save_defaults, folder, settings, is_guidable(sampler.pipeline))
+            run.once(save_defaults, folder, settings, is_conditional(sampler.pipeline.denoiser))
             run.print(f"{folder} now samples with {json.dumps(settings.describe())}")
     samples, labels = metrics.features(settings, count), sampler.class_labels(range(count))
     if config.save_samples and run.accelerator.is_main_process:

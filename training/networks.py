@@ -48,13 +48,13 @@ def new_denoiser(
         stage.attention_head_dim,
         stage.norm_groups,
         stage.dropout,
-        len(data.id2label) if data is not None and is_conditional(config, data) else None,
+        len(data.id2label) if data is not None and has_classes(config, data) else None,
         text_width,
         stage.cross_attention_dim,
     )
 
 
-def is_conditional(config: Config, data: ImageData) -> bool:
+def has_classes(config: Config, data: ImageData) -> bool:
     """Whether the denoiser is told the images' classes: there are some, and the configuration wants them."""
     return data.id2label is not None and config.denoiser.class_conditional is not False
 

@@ -10,7 +10,7 @@ from training.evaluation.metrics import MIN_SAMPLES
 from training.evaluation.samples import SamplingSettings
 from training.evaluation.sweep import configured_settings
 from training.evaluation.validation import lpips_alex
-from training.networks import is_conditional
+from training.networks import has_classes
 from training.runtime.atomic import read_json
 from training.runtime.run import Run
 
@@ -80,7 +80,7 @@ def _check_options(run: Run, trains: bool) -> None:
             f"--evaluation.pipeline {evaluation.pipeline}: this run trains a pipeline of its own; use "
             "training/evaluate_ldm.py"
         )
-    conditional = is_conditional(config, run.data) or config.denoiser.text_encoder is not None
+    conditional = has_classes(config, run.data) or config.denoiser.text_encoder is not None
     objective = objective_of(config.denoiser)
     scale = config.denoiser.guidance_scale if conditional else 1.0
     scheduler, steps = build_scheduler(objective), config.denoiser.sample_steps

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from ldm_pipeline.loading import LDMPipeline
 from ldm_pipeline.models import build_guider
-from ldm_pipeline.pipeline import Objective, noise_levels, num_classes, set_timesteps, text_width
+from ldm_pipeline.pipeline import (
+    Objective,
+    is_conditional,
+    noise_levels,
+    num_classes,
+    set_timesteps,
+    text_width,
+)
 from training.data.order import seeded_generator
 from training.evaluation.features import (
     FeatureNetwork,
@@ -62,12 +69,11 @@ class SamplingSettings:
         """The pipeline's own defaults."""
         defaults = pipeline.config.defaults or {}
         auto = defaults.get("autoguidance", False)
-        guidable = auto or num_classes(pipeline.denoiser) or text_width(pipeline.denoiser)
         return cls(
             pipeline.objective,
             pipeline.scheduler,
             defaults.get("num_inference_steps", 20),
-            defaults.get("guidance_scale", 1.0) if guidable else 1.0,
+            defaults.get("guidance_scale", 1.0) if auto or is_conditional(pipeline.denoiser) else 1.0,
             "autoguidance" if auto else "classifier_free",
             tuple(defaults.get("guidance_interval", (0.0, 1.0))),
             defaults.get("guidance_rescale", 0.0),

@@ -23,7 +23,7 @@ SHOWING_DATA = {"reconstructions.png", "neighbours.png"}
 # What is published of config.yaml, of metrics.json and of the protocol in it. Everything else stays here.
 CONFIG = ("seed", "mixed_precision", "data", "autoencoder", "latents", "denoiser", "evaluation")
 METRICS = (
-    *("reconstruction", "val_loss", "val_loss_by_timestep", "samples", "real", "memorisation"),
+    *("prompts", "reconstruction", "val_loss", "val_loss_by_timestep", "samples", "real", "memorisation"),
     *("seconds", "parameters", "seed", "hardware", "precision", "date", "versions"),
 )
 PROTOCOL = (
@@ -110,5 +110,7 @@ def _raw_weights(run: Path, steps: int | None) -> dict[str, Tensor] | None:
     if not path.is_file():
         return None
     with safe_open(path, "pt") as file:
+        if any(key.startswith("text_encoder.") for key in file.keys()):  # noqa: SIM118
+            return None  # the raw denoiser and an averaged text encoder do not belong together
         keys = [key for key in file.keys() if key.startswith("unet.")]  # noqa: SIM118
         return {key.removeprefix("unet."): file.get_tensor(key) for key in keys}
