@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.oracle import CASES, DEVIATION, MEAN, OBJECTIVES, GaussianOracle, build, oracle_pipeline
 from benchmarks.oracle import sample as sample_oracle
-from ldm_pipeline import LDMPipeline
+from ldm_pipeline import LDMPipeline, TrainingRecord, export_for_hub
+from ldm_pipeline.hub import COMPONENT_FILE, check_target
 from ldm_pipeline.models import build_scheduler
 from ldm_pipeline.pipeline import Condition, Guidance, Objective, guided, noise_levels, set_timesteps
 from tests.test_loading import HOSTED, run
@@ -284,6 +285,17 @@ def test_a_model_with_its_guide_and_its_defaults_in_every_way_of_loading(tmp_pat
     save_file({name: w for name, w in load_file(weights).items() if name != "conv_in.bias"}, weights)
     with pytest.raises(ValueError, match="guide_unet: .*1 missing_keys .conv_in.bias"):
         LDMPipeline.from_pretrained(folder)
+
+
+def test_the_card_and_the_export_have_the_guide(tmp_path):
+    pipe = pipe_with_guide({"autoguidance": True, "guidance_scale": 2.0})
+    record = TrainingRecord(config={"denoiser": {"guide_step": 400}})
+    export_for_hub(pipe, tmp_path / "export", "org/model", "mit", record=record)
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "a weaker denoiser after 400 steps of the same training: `autoguidance=True`" in card
+    assert LDMPipeline.from_pretrained(tmp_path / "export").guide_unet is not None
+    check_target(tmp_path / "export")  # it may be replaced
+    assert COMPONENT_FILE.fullmatch("guide_unet/diffusion_pytorch_model.safetensors")
 
 
 def test_an_early_checkpoint_of_a_run_becomes_its_guide(tiny_run, tmp_path):
