@@ -278,6 +278,18 @@ def test_the_whole_job_with_an_encoder_that_is_not_trained(captioned, encoder, t
     assert set(prompts) <= {f"the digit {name}" for name in DIGITS}
 
 
+def test_a_model_of_images_and_texts_judges_samples(captioned, encoder, tmp_path):
+    save_encoder(tmp_path / "clip", "CLIP")
+    settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 16}}
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(settings))
+    options = ("--denoiser.text_encoder", encoder, "--evaluation.clip")
+    finished = run(captioned, tmp_path / "run", *options, encoder, "--evaluation.num_samples=16", check=False)
+    assert finished.returncode == 2 and f"--evaluation.clip {encoder} " in finished.stderr, finished.stderr
+    run(captioned, tmp_path / "run", *options, tmp_path / "clip", "--evaluation.num_samples", 16)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert -100 <= metrics["samples"]["figures"]["CLIP score-16"] <= 100
+
+
 def test_words_are_learned_and_tell_the_right_caption_from_a_wrong_one(captioned, tmp_path):
     rates = [f"--denoiser.{name}_every=300" for name in ("validate", "sample", "checkpoint", "log")]
     sizes = ["--denoiser.max_steps=300", "--denoiser.batch_size=32", "--autoencoder.max_steps=120"]

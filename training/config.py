@@ -285,6 +285,9 @@ class EvaluationConfig:
     image model of transformers such as facebook/dinov2-base, a TorchScript file, or module:callable, Python
     code that returns a torch.nn.Module (on the command line only). The last two take float32 images
     (N, 3, R, R) in [0, 1] and return features (N, D), or these and class logits (N, K)."""
+    clip: Text | None = free(None, ignored_if=("num_samples", 0))
+    """Model of images and texts (CLIP, SigLIP) of transformers, a local folder or Hub id such as
+    openai/clip-vit-base-patch32, which judges how well samples agree with their captions."""
     schedulers: list[str] = free([], ignored_if=("num_samples", 0))
     """Schedulers of Diffusers to sample with, such as [UniPCMultistep, DDIM]. Default: the pipeline's own.
     Several schedulers, steps or scales make a sweep: all combinations, and all metrics of the best one."""

@@ -23,6 +23,7 @@ from training.data.latents import LatentDataset, encode
 from training.evaluation.checks import measured_before
 from training.evaluation.features import (
     FeatureNetwork,
+    load_clip,
     load_network,
     real_features,
     weights_sha256,
@@ -192,7 +193,8 @@ def measure_samples(
     count, settings = config.num_samples, all_settings[0]
     train = real_features(store, network, data, "train", workers)
     reference = Reference(network.name, train, data.train.labels, run.device)
-    metrics = SampleMetrics(sampler, network, reference, store, keep_images=config.save_samples is not None)
+    clip = load_clip(config.clip) if config.clip else None
+    metrics = SampleMetrics(sampler, network, reference, store, config.save_samples is not None, clip)
     protocol = protocol_of(run, network)
     if len(all_settings) > 1:
         settings = sweep(metrics, all_settings, count, protocol, run.folder / "sweep")

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from ldm_pipeline.models import build_scheduler
 from ldm_pipeline.pipeline import Objective
 from training.config import RunError, objective_of
-from training.evaluation.features import why_unavailable
+from training.evaluation.features import load_clip, why_unavailable
 from training.evaluation.metrics import MIN_SAMPLES
 from training.evaluation.samples import SamplingSettings
 from training.evaluation.sweep import configured_settings
@@ -33,6 +33,11 @@ def check_evaluation(run: Run, stages: list[str]) -> None:
     samples = "evaluation" in stages and config.evaluation.num_samples
     if config.dry_run or measured_before(run):
         return
+    if samples and config.evaluation.clip:
+        if run.data.held_out.captions is None:
+            raise RunError(f"--evaluation.clip {config.evaluation.clip}: no captions to compare samples with")
+        with run.accelerator.main_process_first():  # one downloads
+            load_clip(config.evaluation.clip)
     if config.evaluation.lpips and "evaluation" in stages:
         lpips_alex(config.data.channels, config.data.resolution)
     if not samples and not ("denoiser" in stages and config.denoiser.evaluate_every):

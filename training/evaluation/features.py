@@ -13,9 +13,10 @@ from accelerate import Accelerator
 from huggingface_hub import model_info
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, interpolate
+from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity, interpolate
 from torch.utils.data import DataLoader
 
+from ldm_pipeline.pipeline import tokenize
 from training.config import DataConfig, RunError
 from training.data.images import ImageData, load_images
 from training.evaluation.plots import to_uint8
@@ -180,6 +181,42 @@ def _image_model(source: str, name: str, **options) -> FeatureNetwork:
 
     resize = f"{size}x{size}, bicubic with antialiasing"
     return FeatureNetwork(name, _Pooled(model), resize, prepare, f"{size} {mean} {std}".encode())
+
+
+class ClipScore:
+    """The agreement of images with texts: 100 times the cosine of their features (arXiv:2104.08718).
+
+    Args:
+        network: a model of images and texts.
+        tokenizer: the model's.
+    """
+
+    def __init__(self, network: FeatureNetwork, tokenizer):
+        self.network, self.tokenizer, self.sha256 = network, tokenizer, network.sha256
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, texts: list[str]) -> Tensor:
+        """Scores `(N,)` of images uint8 `(N, 1 or 3, R, R)` and their texts; longer texts are cut."""
+        model = self.network.to(images.device).module.model
+        ids, mask = (each.to(images.device) for each in tokenize(self.tokenizer, model, texts))
+        found = model.get_text_features(input_ids=ids, attention_mask=mask.long())
+        found = found if torch.is_tensor(found) else found.pooler_output
+        return 100 * cosine_similarity(self.network(images)["features"], found.float())
+
+
+@cache
+def load_clip(spec: str) -> ClipScore:
+    """The model that `--evaluation.clip` names. RunError if there is none, or it is not of both."""
+    from transformers import AutoTokenizer  # here, because it takes seconds to import
+
+    try:
+        network, tokenizer = load_network(spec), AutoTokenizer.from_pretrained(spec)
+    except (RunError, OSError, ValueError) as error:
+        reason = str(error).replace("--evaluation.features", "--evaluation.clip")
+        raise RunError(f"--evaluation.clip {spec} cannot be used: {reason}") from error
+    if not hasattr(getattr(network.module, "model", None), "get_text_features"):
+        raise RunError(f"--evaluation.clip {spec} is no model of images and texts of transformers")
+    return ClipScore(network, tokenizer)
 
 
 class _Pooled(nn.Module):

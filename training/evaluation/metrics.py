@@ -182,6 +182,8 @@ class Reference:
         subset = self.real["features"][order[:number]]
         manifold = manifold_metrics(subset, features[:number], self.device)
         metrics |= {metric_name(name, number): value for name, value in manifold.items()}
+        if "clip" in samples:
+            metrics[metric_name("CLIP score", count)] = samples["clip"].double().mean().item()
         if labels is not None and self.agreement_by:
             agreement = (self._classify(samples) == labels).double().mean().item()
             metrics[metric_name("agreement", count)] = agreement

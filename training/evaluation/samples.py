@@ -29,6 +29,7 @@ from ldm_pipeline.pipeline import (
 )
 from training.data.order import seeded_generator
 from training.evaluation.features import (
+    ClipScore,
     FeatureNetwork,
     load_network,
     real_features,
@@ -249,6 +250,7 @@ class SampleMetrics:
         reference: the real images that samples are compared with.
         store: keeps the features of samples.
         keep_images: whether `store` keeps the images too.
+        clip: judges samples by their captions.
     """
 
     sampler: Sampler
@@ -256,6 +258,7 @@ class SampleMetrics:
     reference: Reference
     store: BatchStore
     keep_images: bool = False
+    clip: ClipScore | None = None
 
     def measure(self, settings: SamplingSettings, count: int, name: str | None = None) -> dict[str, float]:
         """All metrics of `count` samples by name."""
@@ -276,6 +279,8 @@ class SampleMetrics:
                 digests = [hashlib.sha256(image.cpu().numpy().tobytes()).digest()[:8] for image in images]
                 digests = torch.from_numpy(np.frombuffer(b"".join(digests), np.int64).copy())
                 kept = {"images": images} if self.keep_images else {}
+                if self.clip is not None:
+                    kept["clip"] = self.clip(images, self.sampler.prompts(batch))
                 yield self.network(images) | {"digests": digests} | kept
 
         name = name or self.store_name(settings)
@@ -295,6 +300,7 @@ class SampleMetrics:
             seed=self.sampler.seed,
             labels=None if self.sampler.labels is None else self.sampler.labels.bincount().tolist(),
             **({} if plain else {"kind": guidance}),
+            **({"clip": self.clip.sha256} if self.clip else {}),
             **({"captions": self.sampler.captions} if self.sampler.captions else {}),
             arithmetic=f"{self.sampler.accelerator.mixed_precision} {self.sampler.device.type}",
             network=self.network.sha256,
