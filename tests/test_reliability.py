@@ -19,7 +19,7 @@ from conftest import ROOT, command, environment, launch, start
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from training.config import AutoencoderConfig
+from training.config import AutoencoderConfig, DenoiserConfig
 from training.runtime.atomic import clean_up, replacing
 from training.runtime.checkpoints import Checkpoints
 from training.runtime.log import RunLog
@@ -316,17 +316,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(tiny_run, tmp_
     assert [name for name in different if "checkpoint-8" not in name and name != "config.yaml"] == []
 
 
-def test_the_newest_and_every_mth_checkpoint_are_kept_and_none_that_is_not_finite(tmp_path):
+def test_the_newest_every_mth_and_the_guides_checkpoint_are_kept_and_none_that_is_not_finite(tmp_path):
     module = torch.nn.Linear(2, 2)
-    config = AutoencoderConfig(keep_checkpoints=2, keep_every=4)
-    checkpoints = Checkpoints(tmp_path / "autoencoder", {"module": module}, config)
+    config = DenoiserConfig(keep_checkpoints=2, keep_every=4, guide_step=2)
+    checkpoints = Checkpoints(tmp_path / "denoiser", {"module": module}, config)
     for step in range(2, 12, 2):
         checkpoints.save(SINGLE, step, {"seconds": 0.0})
     module.bias.data[0] = float("nan")
-    with pytest.raises(ValueError, match="module is not finite after step 12 .*--autoencoder.learning_rate"):
+    with pytest.raises(ValueError, match="module is not finite after step 12 .*--denoiser.learning_rate"):
         checkpoints.save(SINGLE, 12, {})
-    assert {path.name for path in (tmp_path / "autoencoder").iterdir()} == {
-        *("checkpoint-4", "checkpoint-8", "checkpoint-10")
+    assert {path.name for path in (tmp_path / "denoiser").iterdir()} == {
+        *("checkpoint-2", "checkpoint-4", "checkpoint-8", "checkpoint-10")
     }
 
 

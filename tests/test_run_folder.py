@@ -130,12 +130,12 @@ def test_the_disk_needs_no_room_for_checkpoints_of_a_pretrained_autoencoder(tmp_
         (4, [8], ["denoiser"], None),  # trained again from the start
         (6, [6, 12], [], None),  # kept, whatever the options are now
         (4, [8, 12], [], r"kept the checkpoints \[8, 12\]"),
-        (6, [], [], "a multiple of --denoiser.checkpoint_every 2 and of --denoiser.keep_every 4"),
-        (12, [], [], "before the last .--denoiser.max_steps 12"),
+        (5, [], [], "a multiple of --denoiser.checkpoint_every 2 below --denoiser.max_steps 12"),
+        (12, [], [], "below --denoiser.max_steps 12"),
     ],
 )
 def test_the_checkpoint_of_a_guide_is_there_or_will_be(tmp_path, step, there, redo, message):
-    options = ("--denoiser.guide_step", str(step), "--denoiser.checkpoint_every=2", "--denoiser.keep_every=4")
+    options = ("--denoiser.guide_step", str(step), "--denoiser.checkpoint_every=2")
     config = configure(tmp_path / "run", *options, "--redo", str(redo))
     for each in there:
         (tmp_path / "run" / "denoiser" / f"checkpoint-{each}").mkdir(parents=True)

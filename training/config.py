@@ -256,8 +256,9 @@ class DenoiserConfig(OptimizationConfig):
     guidance_scale: Finite = free(1.5)
     """Guidance scale of grids by class or caption, and the default of the finished pipeline; 1 is off."""
     guide_step: NonNegativeInt = free(0)
-    """Step of an early checkpoint, kept by --denoiser.keep_every, whose EMA weights become the pipeline's
-    `guide_unet`: the weaker network of autoguidance (arXiv:2406.02507). 0: none. Finished runs may add it."""
+    """Step of an early checkpoint, which stays, and whose EMA weights become the pipeline's `guide_unet`: the
+    weaker network of autoguidance (arXiv:2406.02507). 0: none. A finished run can add a checkpoint that it
+    has kept."""
     evaluate_every: NonNegativeInt = free(0)
     """Steps between two evaluations of samples of the EMA weights by --evaluation.features; 0: none."""
     evaluate_samples: Samples = free(1000, ignored_if=("evaluate_every", 0))

@@ -82,9 +82,9 @@ class Checkpoints:
         self._rotate()
 
     def _rotate(self) -> None:
-        every = self.config.keep_every
+        every, guide = self.config.keep_every, getattr(self.config, "guide_step", 0)
         for old in found_checkpoints(self.folder)[: -self.config.keep_checkpoints]:
-            if not every or _step_of(old) % every:
+            if (not every or _step_of(old) % every) and _step_of(old) != guide:
                 discard(old)
 
     def restore(self, accelerator: Accelerator) -> dict:

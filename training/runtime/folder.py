@@ -53,10 +53,10 @@ def check_folder(config: Config, say: Callable[[str], None] = print) -> None:
 
 
 def check_guide(config: Config) -> None:
-    """Whether the checkpoint of `--denoiser.guide_step` is there, or will be and stay.
+    """Whether the checkpoint of `--denoiser.guide_step`, which stays, is there or will be.
 
     Raises:
-        RunError: with the checkpoints that there are, or the options that keep it.
+        RunError: with the checkpoints that there are, or the steps that will have one.
     """
     stage, run = config.denoiser, Path(config.output_dir)
     redone = config.redo and config.redo != read_stored(run).get("redo")
@@ -70,16 +70,10 @@ def check_guide(config: Config) -> None:
             f"{name}: {run / 'denoiser'} has gone further, and kept the checkpoints {found}; choose one of "
             "these, or train again with --redo '[denoiser]'"
         )
-    if (
-        step >= stage.max_steps
-        or not stage.keep_every
-        or step % stage.keep_every
-        or step % stage.checkpoint_every
-    ):
+    if step >= stage.max_steps or step % stage.checkpoint_every:
         raise RunError(
-            f"{name}: want a step before the last (--denoiser.max_steps {stage.max_steps}), a multiple of "
-            f"--denoiser.checkpoint_every {stage.checkpoint_every} and of --denoiser.keep_every "
-            f"{stage.keep_every}, whose checkpoints stay"
+            f"{name}: want a multiple of --denoiser.checkpoint_every {stage.checkpoint_every} below "
+            f"--denoiser.max_steps {stage.max_steps}"
         )
 
 
@@ -117,7 +111,8 @@ def check_space(config: Config, networks: tuple[nn.Module, nn.Module], images: i
         trained = not getattr(stage, "pretrained", None)
         # A checkpoint has weights, EMA weights and two moments; one is written before one is deleted. The
         # result is stored for its stage and in the pipeline.
-        need += weights * (4 * (kept + 1) * trained + 2 + bool(getattr(stage, "guide_step", 0)))
+        guide = bool(getattr(stage, "guide_step", 0))
+        need += weights * (4 * (kept + guide + 1) * trained + 2 + guide)
     numbers = math.prod(latent_shape(networks[1])) * (2 if data.horizontal_flip else 1)
     need += images * numbers * 2 * 2  # float16, mean and deviation
     existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
