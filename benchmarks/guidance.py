@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from training.evaluation.plots import guidance_words
+from training.evaluation.settings import guidance_words
 
 
 def kind_of(row: dict) -> str:

@@ -20,7 +20,8 @@ from training.config import RunError, parse_config
 from training.data.images import load_images
 from training.evaluation.checks import check_evaluation
 from training.evaluation.features import FeaturesUnavailable, load_network
-from training.evaluation.samples import Sampler, SamplingSettings
+from training.evaluation.samples import Sampler
+from training.evaluation.settings import SamplingSettings
 from training.evaluation.sweep import save_defaults
 
 SAMPLES = 320

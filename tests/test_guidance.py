@@ -21,7 +21,7 @@ from ldm_pipeline.pipeline import Condition, Guidance, Objective, guided, noise_
 from tests.test_loading import HOSTED, run
 from tests.test_pipeline import FLOW, NAMES, VP, generators, sample, tiny_pipe, tiny_unet
 from training.config import EvaluationConfig
-from training.evaluation.samples import SamplingSettings
+from training.evaluation.settings import SamplingSettings
 from training.evaluation.sweep import configured_settings
 
 VP_OBJECTIVES = [{"prediction_type": p, **VP} for p in ("epsilon", "v_prediction")]

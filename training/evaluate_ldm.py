@@ -33,13 +33,8 @@ from training.evaluation.memorization import memorization
 from training.evaluation.metrics import MIN_SAMPLES, FrechetDistance, Reference, metric_name
 from training.evaluation.plots import to_uint8
 from training.evaluation.report import circumstances, protocol_of, report
-from training.evaluation.samples import (
-    SampleMetrics,
-    Sampler,
-    SamplingSettings,
-    new_sampler,
-    pipeline_sha256,
-)
+from training.evaluation.samples import SampleMetrics, Sampler, new_sampler, pipeline_sha256
+from training.evaluation.settings import SamplingSettings
 from training.evaluation.store import BatchStore, cache_key
 from training.evaluation.sweep import configured_settings, save_defaults, sweep
 from training.evaluation.validation import inference, lpips_alex, reconstruction_metrics, validation_loss

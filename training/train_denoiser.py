@@ -17,7 +17,8 @@ from training.data.conditions import Conditions
 from training.data.images import SPLITS
 from training.data.latents import LatentDataset
 from training.data.order import batch_flips, batch_indices, batch_slices, seeded_generator
-from training.evaluation.samples import SamplingSettings, new_sampler, start_monitor
+from training.evaluation.samples import new_sampler, start_monitor
+from training.evaluation.settings import SamplingSettings
 from training.evaluation.validation import validation_loss
 from training.losses.denoising import DenoisingLoss, sample_timesteps, stratified
 from training.networks import new_denoiser, text_width_of

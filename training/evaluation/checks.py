@@ -7,7 +7,7 @@ from ldm_pipeline.pipeline import Objective
 from training.config import RunError, objective_of
 from training.evaluation.features import load_clip, why_unavailable
 from training.evaluation.metrics import MIN_SAMPLES
-from training.evaluation.samples import SamplingSettings
+from training.evaluation.settings import SamplingSettings
 from training.evaluation.sweep import configured_settings
 from training.evaluation.validation import lpips_alex
 from training.networks import has_classes

@@ -8,7 +8,8 @@ from torch import Tensor
 from training.data.images import ImageDataset
 from training.evaluation.metrics import MANY_SAMPLES, nearest_neighbours
 from training.evaluation.plots import save_grid
-from training.evaluation.samples import Sampler, SamplingSettings
+from training.evaluation.samples import Sampler
+from training.evaluation.settings import SamplingSettings
 
 QUANTILE = 0.05  # of the held-out images are nearer to a training image than the threshold
 ROWS, NEIGHBOURS = 8, 3

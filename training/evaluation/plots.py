@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from training.evaluation.settings import guidance_words
 from training.runtime.atomic import write_bytes
 
 GAP = 2  # pixels of the enlarged grid between two images
@@ -60,16 +61,6 @@ def save_curve(values: dict[int, float], name: str, path: Path) -> None:
     axes.plot(list(values), list(values.values()), marker="o", color="#1f77b4")
     axes.set_ylim(0, 1.08 * max(values.values()))
     _save(axes, path)
-
-
-def guidance_words(row: dict) -> str:
-    """The guidance of a `SamplingSettings.describe()` in words; of what is missing there, nothing is said."""
-    kind = row.get("guidance", "classifier_free").replace("classifier_free", "guidance")
-    low, high = row.get("guidance_interval", (0, 1))
-    words = [f"{kind} {row['guidance_scale']:g}" if "guidance_scale" in row else kind]
-    words += [f"from {low:g} to {high:g}"] if (low, high) != (0, 1) else []
-    words += [f"rescaled {row['guidance_rescale']:g}"] if row.get("guidance_rescale") else []
-    return " ".join(words)
 
 
 def save_sweep(rows: list[dict], name: str, path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from ldm_pipeline.loading import LDMPipeline
 from ldm_pipeline.model_card import metric
 from training.evaluation.features import FeatureNetwork
-from training.evaluation.plots import guidance_words
+from training.evaluation.settings import guidance_words
 from training.runtime.accelerator import cpu_capabilities
 from training.runtime.run import Run
 

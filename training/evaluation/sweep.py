@@ -16,7 +16,8 @@ from ldm_pipeline.pipeline import Guidance, prepare_guider, scheduler_family
 from training.config import EvaluationConfig, RunError
 from training.evaluation.metrics import ranking_metric
 from training.evaluation.plots import save_sweep
-from training.evaluation.samples import SampleMetrics, SamplingSettings
+from training.evaluation.samples import SampleMetrics
+from training.evaluation.settings import SamplingSettings
 from training.runtime.atomic import read_json, replacing, write_bytes, write_json
 
 
