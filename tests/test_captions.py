@@ -8,12 +8,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from captioned import DIGITS, captioned_digits
 from conftest import launch
-from datasets import Dataset, Features, List, Value, load_from_disk
-from datasets import Image as ImageFeature
+from datasets import load_from_disk
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sklearn.datasets import load_digits
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -43,7 +42,6 @@ from training.data.conditions import drop
 from training.data.images import load_images
 
 TEXT_CLASSES = "T5EncoderModel CLIPTextModel SiglipTextModel BertModel ModernBertModel".split()
-DIGITS = "zero one two three four five six seven eight nine".split()
 WORDS = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", "the", "digit", "a", *DIGITS, *"0123456789"]
 SIZES = {
     "vocab_size": len(WORDS),
@@ -89,13 +87,7 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory):
-    """300 digits with two captions each, one of them in words."""
-    digits, folder = load_digits(), tmp_path_factory.mktemp("captioned") / "data"
-    images = [Image.fromarray((image * 255 / 16).astype(np.uint8)) for image in digits.images[:300]]
-    texts = [[f"the digit {DIGITS[label]}", f"a {label}"] for label in digits.target[:300]]
-    features = Features({"image": ImageFeature(), "text": List(Value("string"))})
-    Dataset.from_dict({"image": images, "text": texts}, features).save_to_disk(folder)
-    return folder
+    return captioned_digits(tmp_path_factory.mktemp("captioned") / "data")
 
 
 def tiny_text_pipe(encoder, classes=None):

@@ -8,7 +8,7 @@ from chaos import Campaign, fill_disk, kill_and_tear
 CHOSEN = {
     ("autoencoder/checkpoint-8", "written", 0),
     ("latents/manifest.json", "done", 0),
-    ("metrics.jsonl", "begun", 9),
+    ("metrics.jsonl", "begun", 1),
     ("denoiser/checkpoint-8", "begun", 0),
     ("denoiser/checkpoint-12", "done", 0),
 }

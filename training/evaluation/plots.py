@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from matplotlib import get_data_path
+from PIL import Image, ImageDraw, ImageFont
 
 from training.evaluation.settings import guidance_words
 from training.runtime.atomic import write_bytes
 
 GAP = 2  # pixels of the enlarged grid between two images
 CAPTION_HEIGHT = 32  # two lines
+FONT = Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"  # has more letters than Pillow's own
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -49,8 +51,9 @@ def save_grid(
         grid[top : top + height, left : left + width] = image
     picture, buffer = Image.fromarray(grid[..., 0] if channels == 1 else grid), BytesIO()
     for (top, left), text in zip(places, captions or [], strict=bool(captions)):
-        lines = textwrap.wrap(text, max(8, width // 6), max_lines=2, placeholder="...")
-        ImageDraw.Draw(picture).multiline_text((left + 1, top + height), "\n".join(lines), fill=0)
+        lines = textwrap.wrap(text, max(8, width // 7), max_lines=2, placeholder="...")
+        place, text = (left + 1, top + height), "\n".join(lines)
+        ImageDraw.Draw(picture).multiline_text(place, text, fill=0, font=ImageFont.truetype(FONT, 11))
     picture.save(buffer, "PNG")
     write_bytes(path, buffer.getvalue())
 
