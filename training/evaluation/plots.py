@@ -121,7 +121,10 @@ def save_sweep(rows: list[dict], name: str, path: Path) -> None:
                 ticks.append(evaluations)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.legend(fontsize=8, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
+    place = {"bbox_to_anchor": (1.01, 1), "loc": "upper left"}
+    if by_scale:  # its labels are long
+        place = {"bbox_to_anchor": (0.5, -0.13), "loc": "upper center", "ncols": 2}
+    axes.legend(fontsize=8, frameon=False, **place)
     _save(axes, path)
 
 
