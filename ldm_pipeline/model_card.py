@@ -171,11 +171,12 @@ def _sweep(sweep: dict) -> dict | None:
 
 def _front_matter(pipe: LDMPipeline, repo_id: str, license: str, dataset: str | None, metrics: dict) -> dict:
     samples, reconstruction = metrics.get("samples", {}), metrics.get("reconstruction", {})
+    tag = "text-to-image" if text_width(pipe.denoiser) else "unconditional-image-generation"
     results = []
     if dataset:
         for task, title, found, protocol in (
             ("image-to-image", "Reconstruction by the autoencoder", reconstruction, {}),
-            ("unconditional-image-generation", "Samples", samples.get("figures"), samples.get("protocol")),
+            (tag, "Samples", samples.get("figures"), samples.get("protocol")),
         ):
             results += [
                 EvalResult(
@@ -194,7 +195,7 @@ def _front_matter(pipe: LDMPipeline, repo_id: str, license: str, dataset: str | 
     return ModelCardData(
         license=license,
         library_name="diffusers",
-        pipeline_tag="text-to-image" if text_width(pipe.denoiser) else "unconditional-image-generation",
+        pipeline_tag=tag,
         datasets=[dataset] if is_hub_id(dataset) else None,
         tags=["ldm-pipeline", "latent-diffusion", *_condition(pipe).split(" and ")],
         model_name=repo_id.split("/")[1] if results else None,

@@ -1,6 +1,7 @@
 """The cost of a run, measured with a step of each network before any training."""
 
 import time
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -49,8 +50,12 @@ def _measure(run: Run, name: str, config: OptimizationConfig, shape: tuple[int, 
         arguments = (images, noise)
     else:
         width = text_width_of(config, run.text)
-        module = DenoisingLoss(new_denoiser(run.config, run.data, shape, width), config).to(run.device)
+        words = run.text[1] if config.text_encoder == "words" else None
+        module = DenoisingLoss(new_denoiser(run.config, run.data, shape, width), config, words).to(run.device)
         condition = blank_condition(module.unet, part, run.device)
+        if words is not None:  # token numbers
+            mask = condition.encoder_attention_mask
+            condition = replace(condition, encoder_hidden_states=torch.zeros_like(mask, dtype=torch.int64))
         times = torch.full((part,), 500, device=run.device)
         arguments = (noise, noise, times, condition)
     seconds, activations = _time_step(run, module, config, arguments)

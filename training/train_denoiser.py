@@ -44,7 +44,11 @@ def denoiser_stands(run: Run) -> str | None:
 
 
 def _latents_key(run: Run) -> dict:
-    return read_json(run.require(run.folder / "latents" / "manifest.json", "encode_latents.py"))["key"]
+    folder, script = run.folder / "latents", "encode_latents.py"
+    key = read_json(run.require(folder / "manifest.json", script))["key"]
+    if run.text is not None:
+        key |= {"encoded captions": read_json(run.require(folder / "captions.json", script))}
+    return key
 
 
 def _check_key(run: Run, trained_on: dict, key: dict) -> None:

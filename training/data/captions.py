@@ -26,6 +26,14 @@ def unique_captions(data: ImageData) -> list[str]:
     return ["", *sorted(every - {""})]
 
 
+def describe_captions(data: ImageData) -> str:
+    """The line a person reads before a run."""
+    numbers = [len(texts) for split in (data.train, data.held_out) for texts in split.captions]
+    several = f", {sum(numbers) / len(numbers):.3g} per image" if max(numbers) > 1 else ""
+    example = data.train.captions[0][0]
+    return f"Captions: {len(unique_captions(data)) - 1:,} different ones{several}, such as {example!r}"
+
+
 def captions_sha256(captions: list[str]) -> str:
     """Hexadecimal SHA-256 of texts in their order."""
     return hashlib.sha256(json.dumps(captions).encode()).hexdigest()

@@ -97,15 +97,18 @@ def lock_folder(run: Path) -> BaseFileLock:
     return lock
 
 
-def check_space(config: Config, networks: tuple[nn.Module, nn.Module], images: int) -> None:
-    """Whether the disk has room for all that the run will leave.
+def check_space(
+    config: Config, networks: tuple[nn.Module, nn.Module], images: int, text_encoder: nn.Module | None = None
+) -> None:
+    """Whether the disk has room for all that the run will leave, but for the encoded captions.
 
     Raises:
         RunError: with what is needed, what is free and the options that change it.
     """
     run, data = Path(config.output_dir), config.data
     need = 0
-    for stage, network in zip((config.autoencoder, config.denoiser), networks, strict=True):
+    for name, network in zip(("autoencoder", "denoiser"), networks, strict=True):
+        stage = getattr(config, name)
         weights = 4 * sum(parameter.numel() for parameter in network.parameters())
         kept = stage.keep_checkpoints + (stage.max_steps // stage.keep_every if stage.keep_every else 0)
         trained = not getattr(stage, "pretrained", None)
@@ -113,6 +116,9 @@ def check_space(config: Config, networks: tuple[nn.Module, nn.Module], images: i
         # result is stored for its stage and in the pipeline.
         guide = bool(getattr(stage, "guide_step", 0))
         need += weights * (4 * (kept + guide + 1) * trained + 2 + guide)
+        if name == "denoiser" and text_encoder is not None:
+            encoder = sum(parameter.nbytes for parameter in text_encoder.parameters())
+            need += encoder * (4 * (kept + 1) * (config.denoiser.text_encoder == "words") + 1)
     numbers = math.prod(latent_shape(networks[1])) * (2 if data.horizontal_flip else 1)
     need += images * numbers * 2 * 2  # float16, mean and deviation
     existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())

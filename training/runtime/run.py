@@ -12,7 +12,7 @@ from filelock import BaseFileLock
 
 from ldm_pipeline.pipeline import latent_shape
 from training.config import Config, RunError
-from training.data.captions import check_lengths, unique_captions, words_encoder
+from training.data.captions import check_lengths, describe_captions, unique_captions, words_encoder
 from training.data.images import ImageData, load_images
 from training.data.scan import Scan, scan
 from training.networks import check_data, check_networks, pretrained_text_encoder, text_width_of
@@ -112,13 +112,15 @@ def start(config: Config, stages: list[str]) -> Run:
         scanned = _scan_once(config, data, accelerator.is_main_process)
     accelerator.print(scanned.describe(), flush=True)
     data.drop(scanned.unreadable)
+    if captioned:
+        accelerator.print(describe_captions(data), flush=True)
     if networks:
         check_data(config, data)
         if config.denoiser.text_encoder == "words":
             text = words_encoder(config.denoiser, data, config.seed + 2)
         if text:
             check_lengths(unique_captions(data), text[0], config.denoiser.cut_captions)
-        check_space(config, networks, len(data.train) + len(data.held_out))
+        check_space(config, networks, len(data.train) + len(data.held_out), text and text[1])
     if lock:
         open_folder(config)
     accelerator.wait_for_everyone()
