@@ -179,8 +179,8 @@ def load_text_encoder(source: str | Path, max_length: int | None = None) -> tupl
     folder = _folder(str(source), lambda: snapshot_download(str(source), allow_patterns=names))
     read_json(folder / "config.json")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         kind = _text_class(config)
         info: dict[str, list[str]] = {}
         model = _load(kind, folder, info).eval().requires_grad_(False)

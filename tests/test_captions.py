@@ -340,6 +340,20 @@ def test_an_encoder_of_another_kind_is_refused(captioned, tmp_path):
     assert finished.returncode == 2 and "no text encoder of transformers" in finished.stderr, finished.stderr
 
 
+def test_an_encoder_with_code_of_its_own_is_refused_without_running_it(encoder, tmp_path):
+    for path in encoder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text()) | {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match="no text encoder of transformers"):
+        load_text_encoder(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_captions_in_files_beside_the_images(tmp_path):
     for number in range(12):
         Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(tmp_path / f"{number:02d}.png")

@@ -210,7 +210,8 @@ def load_clip(spec: str) -> ClipScore:
     from transformers import AutoTokenizer  # here, because it takes seconds to import
 
     try:
-        network, tokenizer = load_network(spec), AutoTokenizer.from_pretrained(spec)
+        network = load_network(spec)
+        tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=False)  # no code, and no question
     except (RunError, OSError, ValueError) as error:
         reason = str(error).replace("--evaluation.features", "--evaluation.clip")
         raise RunError(f"--evaluation.clip {spec} cannot be used: {reason}") from error
