@@ -127,8 +127,17 @@ def image_size(pipe: LDMPipeline) -> list[int]:
 
 def _condition(pipe: LDMPipeline) -> str:
     """The kind of model, in the words of its card."""
-    kinds = {"class": num_classes(pipe.denoiser), "text": text_width(pipe.denoiser)}
+    kinds = {"class": num_classes(pipe.denoiser), "text": text_width(pipe.denoiser), "image": pipe.task}
     return " and ".join(f"{kind}-conditional" for kind in kinds if kinds[kind]) or "unconditional"
+
+
+def image_snippet(task: dict | None) -> tuple[list[str], list[str]]:
+    """Lines of Python that load the images of a task's call, and the arguments of the call."""
+    names = {} if task is None else {"image": "image"}
+    names |= {"mask_image": "mask"} if task and task["kind"] == "inpaint" else {}
+    lines = [f'{name} = load_image("{name}.png")' for name in names.values()]
+    lines = ["from diffusers.utils import load_image", *lines] if lines else []
+    return lines, [f"{argument}={name}" for argument, name in names.items()]
 
 
 def _call(pipe: LDMPipeline, names: list[str], metrics: dict) -> str:
@@ -138,6 +147,7 @@ def _call(pipe: LDMPipeline, names: list[str], metrics: dict) -> str:
     if num_classes(pipe.denoiser):
         unique = [name for name in names if names.count(name) == 1]
         arguments.insert(0, f"class_labels={json.dumps(unique[0], ensure_ascii=False) if unique else 0}")
+    arguments = image_snippet(pipe.config.get("task"))[1] + arguments
     if text_width(pipe.denoiser):
         prompt = metrics.get("prompts", ["a picture"])[0]
         arguments.insert(0, json.dumps(prompt, ensure_ascii=False))

@@ -49,6 +49,16 @@ Pixels = Annotated[int, Range("a whole number, 8 or more", lambda value: value >
 Samples = Annotated[int, Range("a whole number, 10 or more", lambda value: value >= 10)]
 SamplesOrNone = Annotated[int, Range("0, or a whole number, 10 or more", lambda v: v == 0 or v >= 10)]
 PositiveShare = Annotated[float, Range("a number above 0, at most 1", lambda value: 0 < value <= 1)]
+TaskName = Annotated[
+    str,
+    Range(
+        "inpaint, superres, superres:FACTOR (2 or more), colorize, deblur, enhance or column:NAME",
+        lambda name: (
+            re.fullmatch(r"inpaint|superres(:([2-9]|[1-9]\d+))?|colorize|deblur|enhance|column:.+", name)
+            is not None
+        ),
+    ),
+]
 Norm = Annotated[float, Range("a number above 0 (.inf: no clipping)", lambda value: value > 0)]
 
 
@@ -233,6 +243,11 @@ class DenoiserConfig(OptimizationConfig):
     half of the smaller of both shares lose caption and class."""
     cross_attention_dim: PositiveInt = option(256, ignored_if=("text_encoder", None))
     """Width to which encoded captions are projected, for the attention of the denoiser."""
+    task: TaskName | None = option(None, basic=True)
+    """An image as a condition, beside classes and captions. inpaint: with holes (strokes, boxes, or all of
+    it). superres: at 1/4 of its size; superres:2 at 1/2. colorize: its grey. deblur: blurred.
+    enhance: blurred, small, noisy and compressed. column:NAME: the picture in another column of the data,
+    such as a sketch or a depth map; palette pictures and those of few colours keep their edges."""
     prediction_type: Literal["epsilon", "v_prediction", "flow_prediction"] = "flow_prediction"
     """What the network predicts: the noise, velocity (arXiv:2202.00512) or flow (arXiv:2209.03003)."""
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = option(
@@ -358,6 +373,7 @@ def check_config(config: Config) -> None:
         _check_schedule("autoencoder", config.autoencoder)
         _check_losses(config.autoencoder, config.data.resolution)
     _check_schedule("denoiser", config.denoiser)
+    _check_task(config.denoiser.task, config.data)
     if config.evaluation.lpips and find_spec("lpips") is None:
         raise RunError(
             "--evaluation.lpips needs the package lpips: pip install -e '.[lpips]' in the checkout"
@@ -389,6 +405,16 @@ def _check_schedule(name: str, stage: OptimizationConfig) -> None:
             f"--{name}.batch_size {stage.batch_size} is no multiple of --{name}.gradient_accumulation_steps "
             f"{stage.gradient_accumulation_steps}"
         )
+
+
+def _check_task(task: str | None, data: DataConfig) -> None:
+    kind, _, factor = (task or "").partition(":")
+    if kind == "superres" and data.resolution % int(factor or 4):
+        raise RunError(
+            f"--denoiser.task {task}: --data.resolution {data.resolution} is no multiple of {factor or 4}"
+        )
+    if kind == "colorize" and data.channels == 1:
+        raise RunError("--denoiser.task colorize: grey images have no colours; set --data.channels to 3")
 
 
 def _check_losses(stage: AutoencoderConfig, resolution: int) -> None:

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.utils.data import default_collate
 
 from training.config import OptimizationConfig
 from training.data.order import batch_flips, batch_indices
+from training.data.tasks import TaskImages, cached, shown, task_of
 from training.evaluation.plots import save_grid
 from training.losses.autoencoder import AutoencoderLoss
 from training.losses.denoising import DenoisingLoss
@@ -30,6 +32,7 @@ def describe_plan(run: Run) -> str:
         lines.append(_measure(run, "autoencoder", config.autoencoder, shape))
     lines.append(_measure(run, "denoiser", config.denoiser, shape))
     images = len(run.data.train) * (2 if config.data.horizontal_flip else 1)
+    images *= 1.5 if cached(task_of(config.denoiser)) else 1  # conditions have no deviations
     lines.append(f"latent cache: {images * shape[0] * shape[1] * shape[2] * 4 / GIB:.2f} GiB on disk at most")
     epochs = config.denoiser.max_steps * config.denoiser.batch_size / len(run.data.train)
     if epochs > 400 and len(run.data.train) < 5000:
@@ -105,7 +108,12 @@ def save_data_grid(run: Run) -> str:
     if run.accelerator.is_main_process:
         count = min(64, len(data))
         flips = batch_flips(seed, 0, count) & run.config.data.horizontal_flip
-        items = zip(batch_indices(seed, 0, count, len(data)).tolist(), flips.tolist(), strict=True)
+        items = list(zip(batch_indices(seed, 0, count, len(data)).tolist(), flips.tolist(), strict=True))
+        images = torch.stack([data[item]["images"] for item in items])
+        if task := task_of(run.config.denoiser, run.data):  # beside each image its condition
+            given = TaskImages(task, run.data, "train")
+            batch = [given[*item, seed, "task", 0, row] for row, item in enumerate(items)]
+            images = torch.stack([images, shown(task, default_collate(batch)) * 2 - 1], 1).flatten(0, 1)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_grid(torch.stack([data[item]["images"] for item in items]), path, 8)
+        save_grid(images, path, 8)
     return f"what the networks will see: {path}"

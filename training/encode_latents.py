@@ -7,14 +7,14 @@ if __name__ == "__main__":  # first, so that a typo is answered before torch is 
 
 import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ldm_pipeline.loading import load_autoencoder
@@ -27,7 +27,9 @@ from training.data.captions import (
     encode_captions,
     unique_captions,
 )
+from training.data.images import SPLITS
 from training.data.latents import channel_statistics, encode, shard_problem
+from training.data.tasks import TASK_CACHE, ShownImages, cached, task_of
 from training.evaluation.features import weights_sha256
 from training.runtime.atomic import discard, file_sha256, read_json, write_bytes, write_json, write_tensors
 from training.runtime.run import Run
@@ -35,16 +37,16 @@ from training.runtime.signals import leave_signals_to_parent
 
 
 def latents_stand(run: Run) -> str | None:
-    """Skip rule: every shard of the cache is whole and belongs to the present cache key."""
+    """Skip rule: every shard of the caches is whole and belongs to the present cache key."""
     run.require(run.folder / "autoencoder" / "done.json", "train_autoencoder.py")
+    if not run.done("latents"):
+        return None
+    for cache in caches(run, load_autoencoder(run.folder / "autoencoder")):
+        if not (cache.folder / "manifest.json").exists() or _stored_key(cache.folder) != cache.key:
+            return None
+        if any(shard_problem(cache.folder / shard.name, shard.shapes) for shard in cache.plan):
+            return None
     folder = run.folder / "latents"
-    if not run.done("latents") or not (folder / "manifest.json").exists():
-        return None
-    if _stored_key(folder) != cache_key(run):
-        return None
-    plan = plan_shards(run, load_autoencoder(run.folder / "autoencoder"))
-    if any(shard_problem(folder / shard.name, shard.shapes) for shard in plan):
-        return None
     return f"{folder} stands" if run.text is None or captions_stand(run, folder) else None
 
 
@@ -56,20 +58,18 @@ def encode_latents(run: Run) -> None:
     Raises:
         RunError: if a latent channel is constant or not finite.
     """
-    folder = run.folder / "latents"
-    key = cache_key(run)
     autoencoder = load_autoencoder(run.folder / "autoencoder")
-    plan = plan_shards(run, autoencoder)
-    prepare_cache(run, folder, key, plan)
+    images, *conditions = caches(run, autoencoder)
     begun = time.perf_counter()
     autoencoder.to(run.device).eval()
-    encode_shards(run, autoencoder, folder, plan)
+    for cache in (images, *conditions):
+        prepare_cache(run, cache)
+        encode_shards(run, autoencoder, cache)
     if run.text is not None:
-        cache_captions(run, folder)
+        cache_captions(run, images.folder)
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
-        names = {split: [s.name for s in plan if s.split == split] for split in ("train", "held_out")}
-        mean, std = channel_statistics([folder / name for name in names["train"]])
+        mean, std = channel_statistics([images.folder / name for name in images.names("train")])
         run.print(f"latents: mean {_short(mean)}, deviation {_short(std)}")
         if not 1e-6 < std.min() <= std.max() < 1e4:
             raise RunError(
@@ -78,7 +78,10 @@ def encode_latents(run: Run) -> None:
             )
         set_latent_statistics(autoencoder, mean.tolist(), std.tolist())
         write_bytes(run.folder / "autoencoder" / CONFIG_NAME, autoencoder.to_json_string().encode())
-        write_json(folder / "manifest.json", {"key": key, "shape": list(run.latent_shape), **names})
+        for cache in (images, *conditions):
+            names = {split: cache.names(split) for split in SPLITS}
+            manifest = {"key": cache.key, "shape": list(run.latent_shape), **names}
+            write_json(cache.folder / "manifest.json", manifest)
     run.finish("latents", {"seconds": time.perf_counter() - begun})
 
 
@@ -106,6 +109,37 @@ class Shard:
     shapes: dict[str, list[int]]
 
 
+@dataclass(frozen=True)
+class Cache:
+    """A folder of shards: of the images, or of the conditions of a task in which nothing is random.
+
+    Args:
+        images: by split, datasets whose items have "images".
+    """
+
+    folder: Path
+    key: dict
+    plan: list[Shard]
+    images: dict[str, Dataset]
+
+    def names(self, split: str) -> list[str]:
+        """Names of the files of a split."""
+        return [shard.name for shard in self.plan if shard.split == split]
+
+
+def caches(run: Run, autoencoder: nn.Module) -> list[Cache]:
+    """All caches, that of the images first."""
+    folder, key = run.folder / "latents", cache_key(run)
+    images = {split: getattr(run.data, split) for split in SPLITS}
+    found = [Cache(folder, key, plan_shards(run, autoencoder), images)]
+    task = task_of(run.config.denoiser, run.data)
+    if cached(task):
+        shards = [replace(shard, shapes={"mean": shard.shapes["mean"]}) for shard in found[0].plan]
+        conditions = {split: ShownImages(task, run.data, split) for split in SPLITS}
+        found.append(Cache(folder / TASK_CACHE, key | {"task": task.config}, shards, conditions))
+    return found
+
+
 def plan_shards(run: Run, autoencoder: nn.Module) -> list[Shard]:
     """All files of the cache, those of the training images first."""
     size, plan = run.config.latents.shard_size, []
@@ -123,41 +157,42 @@ def plan_shards(run: Run, autoencoder: nn.Module) -> list[Shard]:
     return plan
 
 
-def prepare_cache(run: Run, folder: Path, key: dict, plan: list[Shard]) -> None:
-    """Make the folder one of `key`: drop shards of another key and damaged shards, saying why."""
+def prepare_cache(run: Run, cache: Cache) -> None:
+    """Make the folder one of the cache's key: drop shards of another and damaged shards, saying why."""
+    folder, key = cache.folder, cache.key
     run.accelerator.wait_for_everyone()  # every process has looked before one changes anything
     if run.accelerator.is_main_process:
         stored = _stored_key(folder)
         if stored != key and folder.exists():
             changed = [name for name in key if (stored or {}).get(name) != key[name]]
-            run.print(f"latents: encoded again, because these changed: {', '.join(changed)}")
+            run.print(f"{folder.name}: encoded again, because these changed: {', '.join(changed)}")
             discard(folder)
         folder.mkdir(exist_ok=True)
         write_json(folder / "key.json", key)
         (folder / "manifest.json").unlink(missing_ok=True)
-        for shard in plan:
+        for shard in cache.plan:
             path = folder / shard.name
             if path.exists() and (problem := shard_problem(path, shard.shapes)):
-                run.print(f"latents: {shard.name} is encoded again: {problem}")
+                run.print(f"{folder.name}: {shard.name} is encoded again: {problem}")
                 discard(path)
     run.accelerator.wait_for_everyone()
 
 
-def encode_shards(run: Run, autoencoder: nn.Module, folder: Path, plan: list[Shard]) -> None:
+def encode_shards(run: Run, autoencoder: nn.Module, cache: Cache) -> None:
     """Write the missing shards, in rounds of one shard per process."""
-    accelerator = run.accelerator
-    missing = [shard for shard in plan if not (folder / shard.name).exists()]
+    accelerator, folder = run.accelerator, cache.folder
+    missing = [shard for shard in cache.plan if not (folder / shard.name).exists()]
     accelerator.wait_for_everyone()  # all processes have the same list before the first shard is written
     rounds = range(0, len(missing), accelerator.num_processes)
-    for first in tqdm(rounds, desc="latents", unit="shard", disable=not accelerator.is_main_process):
+    for first in tqdm(rounds, desc=folder.name, unit="shard", disable=not accelerator.is_main_process):
         for shard in missing[first : first + accelerator.num_processes][accelerator.process_index :][:1]:
-            images = getattr(run.data, shard.split)
-            write_tensors(folder / shard.name, _encode_images(run, autoencoder, images, shard.indices))
+            encoded = _encode_images(run, autoencoder, cache.images[shard.split], shard.indices)
+            write_tensors(folder / shard.name, {name: encoded[name] for name in shard.shapes})
         run.interruption.check()
 
 
 @torch.no_grad()
-def _encode_images(run: Run, autoencoder: nn.Module, images, indices: range) -> dict[str, Tensor]:
+def _encode_images(run: Run, autoencoder: nn.Module, images: Dataset, indices: range) -> dict:
     """Posterior moments `(n, 2 or 1, c, ...)`, float16, of images and their mirror images; labels `(n,)`."""
     config, flips = run.config, (0, 1) if run.config.data.horizontal_flip else (0,)
     moments: dict[str, list[Tensor]] = {"mean": [], "std": [], "class_labels": []}

@@ -15,11 +15,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ldm_pipeline.loading import LDMPipeline
+from ldm_pipeline.model_card import image_snippet
 from ldm_pipeline.pipeline import is_conditional, latent_shape, num_classes, text_width
 from training.config import RunError
 from training.data.captions import cached_captions
 from training.data.conditions import Conditions
 from training.data.latents import LatentDataset, encode
+from training.data.tasks import image_conditions, task_of
 from training.evaluation.checks import measured_before
 from training.evaluation.features import (
     FeatureNetwork,
@@ -84,7 +86,8 @@ def evaluate(run: Run) -> None:
         held_out = LatentDataset(folder, "held_out", pipeline.vae, run.device, resident)
         text = pipeline.components["text_encoder"]
         captions = text and cached_captions(run.data, "held_out", folder, run.device, resident)
-        conditions = Conditions(held_out, pipeline.denoiser, captions, text)
+        images = image_conditions(pipeline.task, run.data, "held_out", pipeline.vae, folder, resident)
+        conditions = Conditions(held_out, pipeline.denoiser, captions, text, images)
         results |= validation_loss(
             run.accelerator, pipeline.objective, conditions,
             limit=config.num_images, batch_size=config.batch_size, seed=run.config.seed,
@@ -124,6 +127,12 @@ def open_pipeline(run: Run) -> LDMPipeline:
             advice = "Delete it, and training/train_ldm.py writes it again from the last checkpoint"
             what, advice = (f"--evaluation.pipeline {given}", "") if given else (own, f"\n{advice}")
             raise RunError(f"{what} cannot be loaded: {error}{advice}") from error
+    own = task_of(run.config.denoiser, run.data)
+    if pipeline.config.task != (None if own is None else own.config):
+        raise RunError(
+            f"{source} is of the task {pipeline.config.task}, the configuration of "
+            f"{run.config.denoiser.task}: set --denoiser.task"
+        )
     if text_width(pipeline.denoiser) and run.data.held_out.captions is None:
         raise RunError(f"{source} takes text, but no captions are known: name them by --data.caption_column")
     classes, names = num_classes(pipeline.denoiser), run.data.id2label
@@ -223,10 +232,12 @@ def measure_samples(
 
 def summary(run: Run) -> str:
     """Where the results are, and how to use them."""
-    names = LDMPipeline.load_config(run.folder / "pipeline")["id2label"]
-    label = f"class_labels={json.dumps(next(iter(names.values())))}" if names else ""
+    index = LDMPipeline.load_config(run.folder / "pipeline")
+    names, (images, arguments) = index["id2label"], image_snippet(index.get("task"))
     if run.text:
-        label = json.dumps(run.data.held_out.captions[0][0], ensure_ascii=False)
+        arguments.insert(0, json.dumps(run.data.held_out.captions[0][0], ensure_ascii=False))
+    elif names:
+        arguments.append(f"class_labels={json.dumps(next(iter(names.values())))}")
     return "\n".join([
         f"grid:     {run.folder / 'samples' / 'samples.png'}",
         f"metrics:  {run.folder / 'metrics.json'}",
@@ -234,7 +245,8 @@ def summary(run: Run) -> str:
         "",
         "from ldm_pipeline import LDMPipeline",
         f'pipe = LDMPipeline.from_pretrained("{(run.folder / "pipeline").as_posix()}")',
-        f'pipe({label}).images[0].save("picture.png")',
+        *images,
+        f'pipe({", ".join(arguments)}).images[0].save("picture.png")',
     ])  # fmt: skip
 
 

@@ -11,11 +11,12 @@ from torch import nn
 
 from ldm_pipeline.loading import AUTOENCODERS, load_autoencoder, load_text_encoder
 from ldm_pipeline.models import build_autoencoder, build_unet
-from ldm_pipeline.pipeline import Condition, denoise, encode_tokens, text_width, tokenize
+from ldm_pipeline.pipeline import Condition, denoise, encode_tokens, latent_shape, text_width, tokenize
 from training.config import Config, DenoiserConfig, OptimizationConfig, RunError
 from training.data.captions import WORDS_WIDTH
 from training.data.images import ImageData
 from training.data.latents import encode
+from training.data.tasks import task_of
 
 SMALLEST = 4  # height and width of latents that a diffusion model can still arrange
 
@@ -34,11 +35,11 @@ def new_denoiser(
 ) -> UNet2DModel | UNet2DConditionModel:
     """The untrained U-Net of latents `latent_shape` = (C, h, w); equal seeds give equal weights.
 
-    It has the classes of `data`, unless there are none or `--denoiser.class_conditional false`, and reads
-    encoded text of `text_width`.
+    It has the classes of `data`, unless there are none or `--denoiser.class_conditional false`, reads encoded
+    text of `text_width`, and takes the channels of `--denoiser.task` behind the latents.
     """
     torch.manual_seed(config.seed + 1)
-    stage = config.denoiser
+    stage, task = config.denoiser, task_of(config.denoiser)
     return build_unet(
         latent_shape[1:],
         latent_shape[0],
@@ -51,6 +52,7 @@ def new_denoiser(
         len(data.id2label) if data is not None and has_classes(config, data) else None,
         text_width,
         stage.cross_attention_dim,
+        task.channels(latent_shape[0]) if task else 0,
     )
 
 
@@ -83,6 +85,9 @@ def blank_condition(denoiser: nn.Module, count: int, device=None) -> Condition:
     if width := text_width(denoiser):
         text = torch.zeros(count, 8, width, device=device), torch.ones(count, 8, dtype=bool, device=device)
         condition = replace(condition, encoder_hidden_states=text[0], encoder_attention_mask=text[1])
+    if more := denoiser.config.in_channels - denoiser.config.out_channels:
+        size = latent_shape(denoiser)[1:]
+        condition = replace(condition, concat=torch.zeros(count, more, *size, device=device))
     return condition
 
 

@@ -5,6 +5,9 @@ if __name__ == "__main__":  # first, so that a typo is answered before torch is 
 
     CONFIG = command_line("denoiser")
 
+from dataclasses import replace
+from itertools import repeat
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +19,8 @@ from training.data.captions import CaptionDataset, cached_captions, words_encode
 from training.data.conditions import Conditions
 from training.data.images import SPLITS
 from training.data.latents import LatentDataset
-from training.data.order import batch_flips, batch_indices, batch_slices, seeded_generator
+from training.data.order import StepSampler, batch_flips, batch_indices, batch_slices, seeded_generator
+from training.data.tasks import image_conditions, task_of
 from training.evaluation.samples import new_sampler, start_monitor
 from training.evaluation.settings import SamplingSettings
 from training.evaluation.validation import validation_loss
@@ -29,7 +33,7 @@ from training.runtime.ema import EMA
 from training.runtime.log import RunLog
 from training.runtime.optimization import build_optimizer, gradient_sync, nan_if_nonfinite, optimizer_step
 from training.runtime.run import Run
-from training.runtime.signals import Interrupted
+from training.runtime.signals import Interrupted, leave_signals_to_parent
 
 
 def denoiser_stands(run: Run) -> str | None:
@@ -79,6 +83,10 @@ def train_denoiser(run: Run) -> None:
         captions, held_out_captions = (cached_captions(run.data, split, *cache) for split in SPLITS)
     check_scale(run, latents)
 
+    # Image conditions of a task: cached, or made of pixels in every step.
+    task, cache = task_of(config, run.data), (run.folder / "latents", run.config.latents.resident)
+    shown, held_out_shown = (image_conditions(task, run.data, split, autoencoder, *cache) for split in SPLITS)
+
     # Network with its loss, and the pipeline that samples with it.
     words = run.text[1] if config.text_encoder == "words" else None
     width = text_width_of(config, run.text)
@@ -87,7 +95,7 @@ def train_denoiser(run: Run) -> None:
     unet, dropouts = trained.unet, use_global_dropout(trained.unet)
     tokenizer, text_encoder = run.text or (None, None)
     conditions = Conditions(latents, unet, captions)
-    held_out = Conditions(held_out, unet, held_out_captions, text_encoder)
+    held_out = Conditions(held_out, unet, held_out_captions, text_encoder, held_out_shown)
     pipeline = LDMPipeline(
         autoencoder,
         unet,
@@ -97,6 +105,7 @@ def train_denoiser(run: Run) -> None:
         default_arguments(config, unet),
         None if text_encoder is None else text_encoder.to(device),
         tokenizer,
+        None if task is None else task.config,
     )
     size, pictures = run.config.evaluation.batch_size, run.folder / "samples"
     sampler = new_sampler(run, pipeline)
@@ -113,10 +122,15 @@ def train_denoiser(run: Run) -> None:
     _check_key(run, record.get("latents", key), key)
     batch_size, parts = config.batch_size, config.gradient_accumulation_steps
     slices = batch_slices(batch_size, accelerator.process_index, accelerator.num_processes, parts)
+    steps, concats = range(record["step"], config.max_steps), repeat(None)
+    if shown:
+        order = StepSampler(len(latents), batch_size, seed, steps, run.config.data.horizontal_flip, slices)
+        workers = {"num_workers": run.config.data.num_workers, "worker_init_fn": leave_signals_to_parent}
+        concats = shown.batches(order, **workers)
     log = RunLog(run, "denoiser", config, record)
     monitor = start_monitor(run, sampler)
 
-    for step in range(record["step"], config.max_steps):
+    for step in steps:
         # Learning rate, and all that is random.
         optimizer.param_groups[0]["lr"] = config.learning_rate_at(step)
         batch = random_batch(run, latents, captions, step)
@@ -127,6 +141,7 @@ def train_denoiser(run: Run) -> None:
             indices, flips, noise = (batch[name][rows] for name in ("indices", "flips", "posterior_noise"))
             clean = log.wait(latents.batch, indices, flips, noise)
             condition = conditions.training_batch(batch, rows, config)
+            condition = replace(condition, concat=log.wait(next, concats))
             with gradient_sync(accelerator, model, last=rows is slices[-1]):
                 loss, errors = model(clean, batch["noise"][rows], batch["timesteps"][rows], condition)
                 accelerator.backward(nan_if_nonfinite(loss) / parts)
@@ -251,6 +266,7 @@ def save_pipeline(run: Run, pipeline: LDMPipeline, ema: EMA) -> None:
             objective=pipeline.config.objective,
             id2label=pipeline.config.id2label,
             defaults=pipeline.config.defaults,
+            task=pipeline.config.task,
         )
         networks = [part for part in parts.values() if isinstance(part, nn.Module)]
         size = sum(p.nbytes for part in networks for p in part.parameters())

@@ -15,11 +15,24 @@ CLASS_TYPES = re.compile("u?int(8|16|32|64)|bool|(large_)?string")
 MAX_CLASSES = 100_000
 
 
-def image_column(features: Features, config: DataConfig) -> str:
-    """The column of images: of type Image, else of encoded bytes. RunError if there is none or several."""
+def image_column(features: Features, config: DataConfig, paired: str | None = None) -> str:
+    """The column of images: of type Image, else of encoded bytes.
+
+    Args:
+        paired: the column of `--denoiser.task`, which is that of images only if no other is.
+
+    Raises:
+        RunError: there is none or several, or `paired` holds no images.
+    """
     images = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
     encoded = [name for name, feature in features.items() if _is_encoded(feature)]
-    chosen = _choose(features, "image_column", config.image_column, images or encoded, images + encoded)
+    possible = images + encoded
+    if paired is not None and paired not in possible:
+        raise RunError(
+            f"--denoiser.task column:{paired}: {paired!r} is no column of images; found: {_listing(features)}"
+        )
+    found = [name for name in images or encoded if name != paired] or possible
+    chosen = _choose(features, "image_column", config.image_column, found, possible)
     if chosen is None:
         raise RunError(f"No column is of type Image or of encoded bytes: {_listing(features)}")
     return chosen

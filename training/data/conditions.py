@@ -9,6 +9,7 @@ from ldm_pipeline.pipeline import Condition, encode_tokens, num_classes
 from training.config import DenoiserConfig
 from training.data.captions import CaptionDataset
 from training.data.latents import LatentDataset
+from training.data.tasks import ImageConditions
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,14 @@ class Conditions:
         captions: of a denoiser that takes text.
         text_encoder: encodes captions that are cached as token numbers; None leaves that to the loss, which
             trains the encoder.
+        images: of a task; its field `concat` is not in `batch`, as it depends on more than the image.
     """
 
     latents: LatentDataset
     denoiser: nn.Module
     captions: CaptionDataset | None = None
     text_encoder: nn.Module | None = None
+    images: ImageConditions | None = None
 
     def batch(self, indices: Tensor, captions: Tensor | None = None, length: int | None = None) -> Condition:
         """The condition of images `indices` `(N,)`.

@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from typing import Any
 
@@ -43,7 +44,10 @@ class ImageDataset(torch.utils.data.Dataset):
         resolution, channels: see `transform`.
         folders: the folders that may hold files which rows name by paths; relative paths start at the first.
         captions: texts of every row, or None for images without captions.
+        paired_column: another column of images, for `paired`.
     """
+
+    nearest = False
 
     def __init__(
         self,
@@ -55,8 +59,9 @@ class ImageDataset(torch.utils.data.Dataset):
         channels: int,
         folders: tuple[str, ...] = (),
         captions: list[tuple[str, ...]] | None = None,
+        paired_column: str | None = None,
     ):
-        self.all_captions = captions
+        self.all_captions, self.paired_column = captions, paired_column
         self.dataset, self.image_column, self.all_labels, self.name = dataset, image_column, labels, name
         self.resolution, self.channels, self.folders = resolution, channels, folders
         self.rows = torch.arange(len(dataset))  # the rows of `dataset` that this split consists of
@@ -86,7 +91,7 @@ class ImageDataset(torch.utils.data.Dataset):
         """
         index, flip = item
         try:
-            image = transform(self.raw(index), self.resolution, self.channels, flip)
+            image = transform(self.raw(index), self.resolution, self.channels, flip, self.nearest)
         except Exception as error:  # Pillow's readers raise nearly every kind on broken files
             # One string, because PyTorch makes an error of a worker anew from its text.
             raise RunError(
@@ -125,6 +130,12 @@ class ImageDataset(torch.utils.data.Dataset):
         reduced.rows = self.rows[indices]
         return reduced
 
+    def paired(self, nearest: bool = False) -> "ImageDataset":
+        """The pictures in `paired_column` of the same rows; keeping their edges when resized if `nearest`."""
+        other = copy.copy(self)
+        other.image_column, other.nearest = self.paired_column, nearest
+        return other
+
     def _stored(self, index: int) -> tuple[bytes | None, str | None]:
         """The bytes and the path of an image; one of them may be None."""
         value = self.dataset[int(self.rows[index])][self.image_column]
@@ -156,6 +167,12 @@ class ImageData:
     id2label: dict[int, str] | None
     fingerprint: str
 
+    @cached_property
+    def maps(self) -> bool:
+        """Whether the first paired pictures have a palette or few colours: label maps, drawings, masks."""
+        pictures = map(self.train.paired().raw, range(min(8, len(self.train))))
+        return all(picture.mode in ("1", "P") or picture.getcolors(32) for picture in pictures)
+
     def drop(self, unreadable: list[dict[str, Any]]) -> None:
         """Leave out these images (dicts of "split" and "index"); the order of the others stays."""
         for key in ("train", "held_out"):
@@ -165,8 +182,12 @@ class ImageData:
             setattr(self, key, split.subset(keep.nonzero().flatten()))
 
 
-def load_images(config: DataConfig, captioned: bool = False) -> ImageData:
-    """Find the images that `config` describes, with their captions if `captioned`. Nothing is decoded yet.
+def load_images(config: DataConfig, captioned: bool = False, paired_column: str | None = None) -> ImageData:
+    """Find the images that `config` describes. Nothing is decoded yet.
+
+    Args:
+        captioned: whether they have captions.
+        paired_column: a column of other pictures of the same scenes.
 
     Raises:
         RunError: the dataset, a split or a column does not exist or is ambiguous, or a label is no class.
@@ -174,11 +195,11 @@ def load_images(config: DataConfig, captioned: bool = False) -> ImageData:
     splits, identity = sources.load_splits(config)
     train_name, held_out_name = sources.split_names(splits, config)
     rows = splits[train_name]
-    images = columns.image_column(rows.features, config)
+    images = columns.image_column(rows.features, config, paired_column)
     labels = columns.label_column(rows.features, config)
     captions = columns.caption_column(rows.features, config) if captioned else None
     names = None if labels is None else columns.class_names(rows, labels)
-    chosen = images, labels, captions, names, config
+    chosen = images, labels, captions, names, config, paired_column
     train = _build_split(rows, train_name, *chosen)
     if held_out_name is None:
         train_rows, held_out_rows = _share(len(train), config)
@@ -201,8 +222,9 @@ def _build_split(
     captions: str | None,
     names: list[str] | None,
     config: DataConfig,
+    paired: str | None,
 ) -> ImageDataset:
-    if missing := {images, labels, captions} - {None, *rows.column_names}:
+    if missing := {images, labels, captions, paired} - {None, *rows.column_names}:
         raise RunError(
             f"Split {name!r} lacks the column {missing.pop()!r} of the training split; it has "
             f"{', '.join(rows.column_names)}. Choose another --data.test_split or column."
@@ -211,11 +233,13 @@ def _build_split(
     if names is not None:
         numbers = torch.tensor(columns.class_numbers(rows, labels, names, name), dtype=torch.int64)
     texts = None if captions is None else columns.captions(rows, captions, name)
-    if isinstance(rows.features[images], ImageFeature):
-        rows = rows.cast_column(images, ImageFeature(decode=False))
-    rows = rows.select_columns([images]).with_format(None)  # a stored format would change what rows are
-    folders = sources.folders_of(config)
-    return ImageDataset(rows, images, numbers, name, config.resolution, config.channels, folders, texts)
+    pictures = list(dict.fromkeys(filter(None, (images, paired))))
+    for column in pictures:
+        if isinstance(rows.features[column], ImageFeature):
+            rows = rows.cast_column(column, ImageFeature(decode=False))
+    rows = rows.select_columns(pictures).with_format(None)  # a stored format would change what rows are
+    size, folders = (config.resolution, config.channels), sources.folders_of(config)
+    return ImageDataset(rows, images, numbers, name, *size, folders, texts, paired)
 
 
 def _share(count: int, config: DataConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -227,7 +251,9 @@ def _share(count: int, config: DataConfig) -> tuple[torch.Tensor, torch.Tensor]:
     return order[:-size].sort().values, order[-size:].sort().values
 
 
-def transform(picture: Image.Image, resolution: int, channels: int, flip: bool) -> torch.Tensor:
+def transform(
+    picture: Image.Image, resolution: int, channels: int, flip: bool, nearest: bool = False
+) -> torch.Tensor:
     """A picture as a network sees it: turned as EXIF says, laid on white, resized, its centre cropped.
 
     Args:
@@ -235,6 +261,7 @@ def transform(picture: Image.Image, resolution: int, channels: int, flip: bool) 
         resolution: height and width R of the result. A picture of that size is not resampled.
         channels: 1 (grey) or 3 (RGB).
         flip: mirror left and right.
+        nearest: resize by the nearest pixels, which mixes no colours.
 
     Returns:
         float32 (channels, R, R) in [-1, 1].
@@ -256,7 +283,8 @@ def transform(picture: Image.Image, resolution: int, channels: int, flip: bool) 
         picture = picture.crop(box)
     else:
         size = (resolution, resolution)
-        picture = picture.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+        method = Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS
+        picture = picture.resize(size, method, box=box, reducing_gap=3.0)
     pixels = np.asarray(picture).reshape(resolution, resolution, channels).transpose(2, 0, 1)  # (C, R, R)
     pixels = (pixels[..., ::-1] if flip else pixels).astype(np.float32, order="C")
     return torch.from_numpy(pixels / np.float32(127.5) - np.float32(1))

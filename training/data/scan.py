@@ -18,6 +18,8 @@ from training.data.images import ImageData, ImageDataset, reason_of, transform
 FEW_IMAGES = 1000  # below, networks of any use here reproduce their training images
 MANY_IMAGES = 5000  # worth a progress bar, and the start of several processes
 SAMPLE_SIZE = 2000  # images of each split that --data.scan sample looks at
+ORIENTATION = 0x0112  # EXIF: above 4 the sides are exchanged
+SAME_SHAPE = 0.03  # difference of width / height that rounding explains
 
 
 @dataclass
@@ -89,6 +91,35 @@ class _Inspection(torch.utils.data.Dataset):
         return found
 
 
+class _PairInspection(_Inspection):
+    """Paired pictures of a split: None, or the reason why they cannot be used."""
+
+    def __getitem__(self, index: int) -> str | None:
+        try:
+            image, other = self.split.raw(index), self.split.paired().raw(index)
+            transform(other, self.split.resolution, self.split.channels, False)  # it is upright afterwards
+        except Exception as error:
+            return reason_of(error)
+        width, height = image.size[::-1] if image.getexif().get(ORIENTATION, 1) > 4 else image.size
+        if abs(width * other.height - height * other.width) > SAME_SHAPE * width * other.height:
+            return f"it is {other.width}x{other.height}, its image {width}x{height}: another shape"
+        return None
+
+
+def check_pairs(
+    data: ImageData, num_workers: int = 0, worker_init_fn: Callable[[int], None] | None = None
+) -> None:
+    """RunError where a picture in the paired column is missing, unreadable, or of another shape."""
+    for split in (data.train, data.held_out):
+        results = _inspect(_PairInspection(split), range(len(split)), num_workers, worker_init_fn)
+        if bad := {index: reason for index, reason in results.items() if reason}:
+            shown = "".join(f"\n  {split.name_of(index)}: {bad[index]}" for index in list(bad)[:10])
+            raise RunError(
+                f"--denoiser.task column:{split.paired_column}: {len(bad):,} of {len(split):,} pictures of "
+                f"split {split.name!r} cannot be paired; mend or remove these rows:{shown}"
+            )
+
+
 def scan(
     data: ImageData,
     extent: str = "full",
@@ -109,7 +140,7 @@ def scan(
         if extent == "sample" and len(split) > SAMPLE_SIZE:
             indices = [number * (len(split) - 1) // (SAMPLE_SIZE - 1) for number in range(SAMPLE_SIZE)]
         sampled += len(indices)
-        results = _inspect(split, indices, num_workers, worker_init_fn)
+        results = _inspect(_Inspection(split), indices, num_workers, worker_init_fn)
         bad = {index: reason for index, reason in results.items() if isinstance(reason, str)}
         for index, reason in bad.items():
             unreadable.append({"split": key, "index": index, "name": split.name_of(index), "reason": reason})
@@ -137,14 +168,14 @@ def scan(
 
 
 def _inspect(
-    split: ImageDataset, indices: Sequence[int], num_workers: int, worker_init_fn: Callable | None
-) -> dict[int, tuple[tuple[int, int], str] | str]:
-    """The result of `_Inspection` by index, in the order of `indices`."""
+    dataset: _Inspection, indices: Sequence[int], num_workers: int, worker_init_fn: Callable | None
+) -> dict[int, Any]:
+    """The result of an inspection by index, in the order of `indices`."""
     many = len(indices) >= MANY_IMAGES
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = (num_workers or (cores if cores > 1 else 0)) if many else 0
     options = {"num_workers": workers, "worker_init_fn": worker_init_fn, "collate_fn": list}
-    loader = DataLoader(_Inspection(split), 64, sampler=indices, **options)
+    loader = DataLoader(dataset, 64, sampler=indices, **options)
     every = 0.1 if sys.stderr.isatty() else 30  # seconds: a log file keeps every line
-    bar = tqdm(loader, f"scanning {split.name}", mininterval=every, disable=not many)
+    bar = tqdm(loader, f"scanning {dataset.split.name}", mininterval=every, disable=not many)
     return dict(zip(indices, (result for batch in bar for result in batch), strict=True))

@@ -165,7 +165,7 @@ class Reference:
         """All metrics by name.
 
         Args:
-            samples: as `real`.
+            samples: as `real`, and errors of a task by name, `(M,)` each.
             labels: int64 `(M,)`, the classes that the samples were generated for, or None.
         """
         features, count = samples["features"], len(samples["features"])
@@ -184,6 +184,8 @@ class Reference:
         metrics |= {metric_name(name, number): value for name, value in manifold.items()}
         if "clip" in samples:
             metrics[metric_name("CLIP score", count)] = samples["clip"].double().mean().item()
+        errors = samples.keys() - {"features", "logits", "digests", "images", "clip"}
+        metrics |= {metric_name(name, count): samples[name].double().mean().item() for name in sorted(errors)}
         if labels is not None and self.agreement_by:
             agreement = (self._classify(samples) == labels).double().mean().item()
             metrics[metric_name("agreement", count)] = agreement

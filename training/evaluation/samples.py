@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from ldm_pipeline.loading import LDMPipeline
 from ldm_pipeline.pipeline import (
@@ -21,6 +22,7 @@ from ldm_pipeline.pipeline import (
     text_width,
 )
 from training.data.order import seeded_generator
+from training.data.tasks import TaskImages, shown
 from training.evaluation.features import (
     ClipScore,
     FeatureNetwork,
@@ -33,7 +35,7 @@ from training.evaluation.metrics import Reference, ranking_metric
 from training.evaluation.plots import save_curve, save_grid, to_uint8
 from training.evaluation.settings import SamplingSettings
 from training.evaluation.store import BatchStore, cache_key
-from training.evaluation.validation import inference
+from training.evaluation.validation import inference, task_errors
 from training.runtime.accelerator import on_main_process
 from training.runtime.atomic import discard
 from training.runtime.run import Run
@@ -50,6 +52,7 @@ class Sampler:
     Args:
         labels: classes `(N,)` of the images whose proportions samples have; None: all classes equally.
         captions: of the same images, for a pipeline that takes text.
+        examples: what the model of a task is given, made of the same images.
     """
 
     pipeline: LDMPipeline
@@ -58,6 +61,7 @@ class Sampler:
     batch_size: int
     labels: Tensor | None
     captions: list[str] | None = None
+    examples: TaskImages | None = None
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +71,7 @@ class Sampler:
     def class_labels(self, indices) -> Tensor | None:
         """Classes `(n,)` of images by number, or None where they are neither asked for nor known."""
         classes = num_classes(self.pipeline.denoiser)
-        if not classes and (self.captions is None or self.labels is None):
+        if not classes and (self.labels is None or self.captions is None and self.examples is None):
             return None
         labels = torch.arange(classes) if self.labels is None else self.labels
         return labels[self._rows(indices, labels)]
@@ -78,6 +82,29 @@ class Sampler:
             return None
         order = torch.zeros(len(self.captions)) if self.labels is None else self.labels
         return [self.captions[row] for row in self._rows(indices, order).tolist()]
+
+    def given(self, indices) -> dict[str, Tensor]:
+        """What a call gets for images by number: "image", perhaps "mask_image"; nothing without a task."""
+        if self.examples is None:
+            return {}
+        rows = zip(self._originals(indices), indices, strict=True)
+        return default_collate([self.examples[row, False, self.seed, "example", i] for row, i in rows])
+
+    def originals(self, indices) -> Tensor:
+        """The images `(n, C, H, W)` in [-1, 1] that `given` is made of."""
+        images = self.examples.originals
+        return torch.stack([images[row, False]["images"] for row in self._originals(indices)])
+
+    def _originals(self, indices) -> list[int]:
+        order = torch.zeros(len(self.examples.originals)) if self.labels is None else self.labels
+        return self._rows(indices, order).tolist()
+
+    def errors(self, samples: Tensor, indices) -> dict[str, Tensor]:
+        """The errors `(n,)` of a task's samples, uint8 `(n, C, H, W)`, by name; see `task_errors`."""
+        if self.examples is None:
+            return {}
+        samples, hole = samples.cpu().float() / 127.5 - 1, self.given(indices).get("mask_image")
+        return task_errors(self.pipeline.task, samples, self.originals(indices), hole)
 
     def _rows(self, indices, labels: Tensor) -> Tensor:
         """Images `(n,)` whose conditions some samples have, in the proportions of the labels `(N,)`.
@@ -95,11 +122,11 @@ class Sampler:
     def save_grid(self, settings: SamplingSettings, path: Path, rows: int = 4) -> None:
         """Write a grid of images that other settings or weights can be compared with.
 
-        One class per column, or below each image its caption. Every process calls this and generates its
-        share.
+        One class per column, or below each image its caption; for a task rows of what is shown to the model,
+        of its images and of the originals, in turn. Every process calls this and generates its share.
         """
         classes, processes = num_classes(self.pipeline.denoiser), self.accelerator.num_processes
-        classes = classes if self.captions is None else 0
+        classes = classes if self.captions is None and self.examples is None else 0
         columns = min(classes, 10) or 8
         share = -(-rows * columns // processes)
         own = [(self.accelerator.process_index * share + i) % (rows * columns) for i in range(share)]
@@ -111,8 +138,15 @@ class Sampler:
                 labels = torch.tensor([index % columns * classes // columns for index in indices])
             images.append(self._generate(settings, labels, prompts, "grid", indices))
         images = self.accelerator.gather(torch.cat(images))[: rows * columns]
-        if self.accelerator.is_main_process:
-            save_grid(images * 2 - 1, path, columns, self.prompts(range(rows * columns)))
+        if not self.accelerator.is_main_process:
+            return
+        images, captions = images.cpu() * 2 - 1, self.prompts(range(rows * columns))
+        if self.examples is not None:
+            every = range(len(images))
+            conditions = shown(self.pipeline.task, self.given(every)) * 2 - 1
+            kinds = torch.stack([conditions, images, self.originals(every)])
+            images, captions = kinds.unflatten(1, (rows, columns)).transpose(0, 1).flatten(0, 2), None
+        save_grid(images, path, columns, captions)
 
     def _generate(
         self, settings: SamplingSettings, labels: Tensor | None, prompts, purpose: str, indices
@@ -127,6 +161,7 @@ class Sampler:
                 return self.pipeline(
                     prompts,
                     class_labels=labels.tolist() if classes and labels is not None else None,
+                    **self.given(indices),
                     batch_size=len(indices),
                     num_inference_steps=settings.num_inference_steps,
                     **settings.guidance_arguments(),
@@ -138,11 +173,13 @@ class Sampler:
 
 
 def new_sampler(run: Run, pipeline: LDMPipeline) -> Sampler:
-    """A sampler with the classes of the training images, or captions and classes of the held-out ones."""
-    text = text_width(pipeline.denoiser) > 0
-    split, size = run.data.held_out if text else run.data.train, run.config.evaluation.batch_size
+    """A sampler with the classes of the training images; where it takes captions or images, with the held-out
+    ones and their classes."""
+    text, size = text_width(pipeline.denoiser) > 0, run.config.evaluation.batch_size
+    split = run.data.held_out if text or pipeline.task else run.data.train
     captions = [texts[0] for texts in split.captions] if text else None
-    return Sampler(pipeline, run.accelerator, run.config.seed, size, split.labels, captions)
+    examples = TaskImages(pipeline.task, run.data, "held_out") if pipeline.task else None
+    return Sampler(pipeline, run.accelerator, run.config.seed, size, split.labels, captions, examples)
 
 
 def pipeline_sha256(pipeline: LDMPipeline) -> str:
@@ -191,6 +228,7 @@ class SampleMetrics:
                 digests = [hashlib.sha256(image.cpu().numpy().tobytes()).digest()[:8] for image in images]
                 digests = torch.from_numpy(np.frombuffer(b"".join(digests), np.int64).copy())
                 kept = {"images": images} if self.keep_images else {}
+                kept |= self.sampler.errors(images, batch)
                 if self.clip is not None:
                     kept["clip"] = self.clip(images, self.sampler.prompts(batch))
                 yield self.network(images) | {"digests": digests} | kept
@@ -214,6 +252,7 @@ class SampleMetrics:
             **({} if plain else {"kind": guidance}),
             **({"clip": self.clip.sha256} if self.clip else {}),
             **({"captions": self.sampler.captions} if self.sampler.captions else {}),
+            **({"examples": self.sampler.examples.key} if self.sampler.examples else {}),
             arithmetic=f"{self.sampler.accelerator.mixed_precision} {self.sampler.device.type}",
             network=self.network.sha256,
             images=self.keep_images,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from ldm_pipeline.pipeline import Objective
+from ldm_pipeline.pipeline import Objective, Task
 from training.config import RunError
 from training.data.conditions import Conditions
 from training.data.images import ImageDataset
@@ -24,8 +25,28 @@ BINS = 8
 
 def psnr(reconstructions: Tensor, images: Tensor) -> Tensor:
     """Peak signal-to-noise ratio `(N,)`, dB, of images `(N, C, H, W)` in [-1, 1]; clamps reconstructions."""
-    error = (reconstructions.clamp(-1, 1) - images).square().flatten(1).mean(1)
-    return 10 * (4 / error.clamp(min=1e-10)).log10()
+    return _decibels((reconstructions.clamp(-1, 1) - images).square())
+
+
+def _decibels(squares: Tensor) -> Tensor:
+    return 10 * (4 / squares.flatten(1).mean(1).clamp(min=1e-10)).log10()
+
+
+def task_errors(task: Task, samples: Tensor, originals: Tensor, hole: Tensor | None) -> dict[str, Tensor]:
+    """How far samples `(N, C, H, W)` of a task are from the originals, in [-1, 1] both: `(N,)` by name.
+
+    For inpainting PSNR (dB) and mean absolute error (of 0 to 1) in the hole `(N, 1, H, W)` alone; else PSNR,
+    and for superres also that of the images at low resolution, which the model was given.
+    """
+    if task.kind == "inpaint":
+        wrong, weight = samples - originals, hole / hole.float().mean((1, 2, 3), keepdim=True)
+        absolute = (wrong.abs() * weight).flatten(1).mean(1) / 2
+        return {"hole PSNR": _decibels(wrong.square() * weight), "hole MAE": absolute}
+    if task.kind != "superres":
+        return {"PSNR": psnr(samples, originals)}
+    size = originals.shape[-2:]
+    low = [task.low_resolution(images / 2 + 0.5, size) * 2 - 1 for images in (samples, originals)]
+    return {"PSNR": psnr(samples, originals), "consistency PSNR": psnr(*low)}
 
 
 def ssim(reconstructions: Tensor, images: Tensor) -> Tensor:
@@ -112,9 +133,9 @@ def validation_loss(
 ) -> dict:
     """Squared error of the prediction on the first `limit` held-out images.
 
-    Noise and timestep of an image depend on `seed` and its number only. Timesteps are uniform, whatever the
-    training density: "val_loss" is the mean, "val_loss_by_timestep" the means of 8 equal bins, from clean to
-    noisy. Every process measures its share.
+    Noise, timestep and mask of an image depend on `seed` and its number only. Timesteps are uniform, whatever
+    the training density: "val_loss" is the mean, "val_loss_by_timestep" the means of 8 equal bins, from clean
+    to noisy. Every process measures its share.
     """
     latents, denoiser = conditions.latents, conditions.denoiser
     count, device = min(limit, len(latents)), accelerator.device
@@ -135,6 +156,8 @@ def validation_loss(
             timesteps = network_timesteps(objective.prediction_type, (bins + position) / BINS).to(device)
             clean = latents.batch(indices, torch.zeros_like(indices), posterior_noise)
             condition = conditions.batch(indices)
+            if conditions.images:
+                condition = replace(condition, concat=conditions.images.of(indices, seed, "validation"))
             errors, _ = denoising_errors(denoiser, objective, clean, noise, timesteps, condition)
             sums[0].index_add_(0, bins.to(device), errors * counted)
             sums[1].index_add_(0, bins.to(device), torch.full_like(errors, counted))

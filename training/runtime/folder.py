@@ -13,6 +13,7 @@ from torch import nn
 
 from ldm_pipeline.pipeline import latent_shape
 from training.config import LOCK, Config, RunError, redact
+from training.data.tasks import cached, task_of
 from training.options import options
 from training.runtime.atomic import clean_up, discard, write_bytes
 from training.runtime.checkpoints import found_checkpoints
@@ -120,7 +121,7 @@ def check_space(
             encoder = sum(parameter.nbytes for parameter in text_encoder.parameters())
             need += encoder * (4 * (kept + 1) * (config.denoiser.text_encoder == "words") + 1)
     numbers = math.prod(latent_shape(networks[1])) * (2 if data.horizontal_flip else 1)
-    need += images * numbers * 2 * 2  # float16, mean and deviation
+    need += images * numbers * 2 * (3 if cached(task_of(config.denoiser)) else 2)  # float16: mean, deviation
     existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
     used = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
     free = shutil.disk_usage(existing).free

@@ -14,7 +14,8 @@ from ldm_pipeline.pipeline import latent_shape
 from training.config import Config, RunError
 from training.data.captions import check_lengths, describe_captions, unique_captions, words_encoder
 from training.data.images import ImageData, load_images
-from training.data.scan import Scan, scan
+from training.data.scan import Scan, check_pairs, scan
+from training.data.tasks import paired_column
 from training.networks import check_data, check_networks, pretrained_text_encoder, text_width_of
 from training.runtime.accelerator import build_accelerator, on_main_process
 from training.runtime.atomic import read_json, write_json
@@ -108,10 +109,11 @@ def start(config: Config, stages: list[str]) -> Run:
         check_guide(config)
     lock = lock_folder(folder) if accelerator.is_main_process and not config.dry_run else None
     with accelerator.main_process_first():  # one downloads and scans
-        data = load_images(config.data, captioned)
+        data = load_images(config.data, captioned, paired_column(config.denoiser))
         scanned = _scan_once(config, data, accelerator.is_main_process)
+        data.drop(scanned.unreadable)
+        _check_pairs_once(config, data, accelerator.is_main_process)
     accelerator.print(scanned.describe(), flush=True)
-    data.drop(scanned.unreadable)
     if captioned:
         accelerator.print(describe_captions(data), flush=True)
     if networks:
@@ -148,3 +150,14 @@ def _scan_once(config: Config, data: ImageData, store: bool) -> Scan:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"fingerprint": data.fingerprint, "scan": asdict(found)})
     return found
+
+
+def _check_pairs_once(config: Config, data: ImageData, store: bool) -> None:
+    """Check the pictures of a paired column, unless an earlier start has done so."""
+    column, path = data.train.paired_column, Path(config.output_dir) / "data.json"
+    stored = read_json(path) if path.exists() else {}
+    if column is None or stored.get("paired") == column:
+        return
+    check_pairs(data, config.data.num_workers, leave_signals_to_parent)
+    if store:
+        write_json(path, stored | {"paired": column})
