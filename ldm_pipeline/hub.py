@@ -51,8 +51,9 @@ def export_for_hub(
 ) -> Path:
     """Make `folder` the exact content of a Hub repository. An earlier export there is replaced as a whole.
 
-    It gets model_index.json, pipeline.py, the components as safetensors, README.md and samples.png; from the
-    record the other pictures, training_config.yaml, metrics.json, and the raw weights as the variant "raw".
+    It gets model_index.json, pipeline.py, the components as safetensors, README.md and samples.png, which for
+    a model of a task only a record has; from the record the other pictures, training_config.yaml,
+    metrics.json, and the raw weights as the variant "raw".
 
     Args:
         pipe: a pipeline, or the folder of one.
@@ -84,7 +85,7 @@ def export_for_hub(
             (aside / "metrics.json").write_text(json.dumps(record.metrics, indent=2) + "\n", encoding="utf-8")
         for name, picture in record.pictures.items():
             shutil.copyfile(picture, aside / name)
-        if "samples.png" not in record.pictures:
+        if "samples.png" not in record.pictures and pipe.task is None:  # a task needs images
             _sample_grid(pipe, record.metrics.get("prompts", [])).save(aside / "samples.png")
         pictures = tuple(name for name in PICTURES if (aside / name).exists())
         known = {"record": record, "title": title, "dataset": dataset, "source_url": source_url}

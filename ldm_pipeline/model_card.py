@@ -88,6 +88,7 @@ def render_card(
         latents=latent_shape(pipe.denoiser),
         image_size=image_size(pipe),
         call=_call(pipe, names, record.metrics),
+        loads=image_snippet(pipe.config.get("task"))[0],
         class_names=names,
         real=_by_metric(record.metrics.get("real", {})),
         sweep=_sweep(record.sweep),
@@ -182,6 +183,7 @@ def _sweep(sweep: dict) -> dict | None:
 def _front_matter(pipe: LDMPipeline, repo_id: str, license: str, dataset: str | None, metrics: dict) -> dict:
     samples, reconstruction = metrics.get("samples", {}), metrics.get("reconstruction", {})
     tag = "text-to-image" if text_width(pipe.denoiser) else "unconditional-image-generation"
+    tag = "image-to-image" if pipe.task else tag
     results = []
     if dataset:
         for task, title, found, protocol in (

@@ -12,7 +12,7 @@ from chaos import differences
 from conftest import TINY, launch, start
 from PIL import Image
 
-from ldm_pipeline import LDMPipeline
+from ldm_pipeline import LDMPipeline, export_for_hub
 from ldm_pipeline.loading import load_autoencoder
 from ldm_pipeline.models import build_autoencoder
 from ldm_pipeline.pipeline import Task, set_latent_statistics
@@ -21,6 +21,7 @@ from training.data.images import load_images
 from training.data.order import StepSampler, batch_slices
 from training.data.scan import check_pairs
 from training.data.tasks import TaskImages, draw_hole, image_conditions, shown, task_of
+from training.runtime.record import read_record
 from training.runtime.signals import EXIT_CODE
 
 DIGITS = DataConfig(dataset="digits", resolution=16, channels=1)
@@ -74,7 +75,7 @@ def test_holes():
     assert 0.1 < others.mean() < 0.3 and others.min() < 0.03 and others.max() > 0.5
 
 
-def test_superres_end_to_end(tiny_run):
+def test_superres_end_to_end(tiny_run, tmp_path, monkeypatch):
     """On a finished run: images are not encoded again; the cache says what the call says; figures, grids."""
     options = ["--output_dir", tiny_run, "--denoiser.task=superres:2"]
     shard = tiny_run / "latents" / "train-00000.safetensors"
@@ -104,6 +105,18 @@ def test_superres_end_to_end(tiny_run):
     torch.testing.assert_close(cached, concat, rtol=2e-3, atol=5e-3)  # float16 on disk
     live = pipe.task.concat(pipe.encode(shown(pipe.task, {"image": items})))
     torch.testing.assert_close(live, concat, rtol=1e-4, atol=1e-4)
+
+    # The card, from the run.
+    export_for_hub(tiny_run / "pipeline", tmp_path / "hub", "org/big", "mit", record=read_record(tiny_run))
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "A class-conditional and image-conditional" in card and "brought to 1/2 of the size" in card
+    assert "samples.png" in card and "image-to-image" in card and "consistency PSNR-64" in card
+    snippet = card.split("```python")[1].split("```")[0].split("trust_remote_code=True)")[1]
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (30, 20)).save("image.png")
+    exec(snippet, {"pipe": pipe})
+    assert Image.open("sample.png").size == (16, 16)
+    assert "samples.png" not in read_record(tiny_run, show_data=False).pictures
 
     figures = json.loads((tiny_run / "metrics.json").read_text())["samples"]["figures"]
     assert figures["PSNR-64"] > 3 and figures["consistency PSNR-64"] > figures["PSNR-64"]

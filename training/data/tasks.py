@@ -4,6 +4,7 @@ Masks, degradations and noise are functions of (seed, step, row of the global ba
 resumed run draw the same.
 """
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ldm_pipeline.pipeline import Task, normalize_latents, to_pixels
-from training.config import DenoiserConfig
+from training.config import DenoiserConfig, RunError
 from training.data.images import ImageData
 from training.data.latents import LatentDataset, encode
 from training.data.order import StepSampler, seeded_generator
@@ -155,12 +156,23 @@ def image_conditions(
     Args:
         autoencoder: on the device of the results.
         folder, resident: as for `LatentDataset`.
+
+    Raises:
+        RunError: the latents of the task are not there.
     """
     if task is None:
         return None
     device = next(autoencoder.parameters()).device
     cache = None
     if cached(task):
+        manifest = folder / TASK_CACHE / "manifest.json"
+        stored = (
+            json.loads(manifest.read_text(encoding="utf-8"))["key"]["task"] if manifest.exists() else None
+        )
+        if stored != task.config:
+            raise RunError(
+                f"{manifest.parent} has no latents of {task.config}: run training/encode_latents.py"
+            )
         cache = LatentDataset(folder / TASK_CACHE, split, autoencoder, device, resident)
     return ImageConditions(TaskImages(task, data, split), autoencoder, cache, device)
 

@@ -28,6 +28,7 @@ def protocol_of(run: Run, network: FeatureNetwork) -> dict:
         "split": split.name,
         "resolution": config.data.resolution,
         "resize": network.resize,
+        **({"task": f"{config.denoiser.task}, held-out images"} if config.denoiser.task else {}),
         "features": network.name,
         "features_sha256": network.sha256,
         "seed": config.seed,

@@ -28,7 +28,7 @@ METRICS = (
 )
 PROTOCOL = (
     *("n", "dataset", "train_images", "split", "resolution", "resize", "features", "features_sha256"),
-    *("seed", "dtype", "versions", "scheduler", "num_inference_steps", "guidance_scale", "guidance"),
+    *("task", "seed", "dtype", "versions", "scheduler", "num_inference_steps", "guidance_scale", "guidance"),
     *("guidance_interval", "guidance_rescale", "network_evaluations", "samples_sha256", "agreement by"),
 )
 
@@ -52,7 +52,7 @@ def read_record(run: Path, dataset: str | None = None, show_data: bool = True) -
 
     Args:
         dataset: a Hub id or name that replaces the configuration's own, often a folder, everywhere.
-        show_data: False leaves out the pictures that show images of the dataset.
+        show_data: False leaves out the pictures that show images of the dataset, as all of a task do.
 
     Raises:
         RunError: a JSON file of the run is damaged.
@@ -63,7 +63,10 @@ def read_record(run: Path, dataset: str | None = None, show_data: bool = True) -
     if dataset:
         config.setdefault("data", {})["dataset"] = dataset
     stages = {stage: _read(run / stage / "done.json") for stage in STAGES}
-    pictures = {name: run / path for name, path in PICTURES.items() if show_data or name not in SHOWING_DATA}
+    hidden = set() if show_data else SHOWING_DATA
+    if hidden and config.get("denoiser", {}).get("task"):
+        hidden = hidden | {"samples.png"}
+    pictures = {name: run / path for name, path in PICTURES.items() if name not in hidden}
     return TrainingRecord(
         config=config,
         metrics=_metrics(run / "metrics.json", config.get("data", {}).get("dataset")),
