@@ -31,6 +31,7 @@ TINY = ROOT / "training" / "configs" / "tiny.yaml"
 OPTIONS = (
     "--data.held_out=0.7",  # epochs of 90 images end in the middle of a batch
     "--denoiser.text_encoder=words",
+    "--denoiser.task=inpaint",
     "--autoencoder.gradient_accumulation_steps=2",
     "--autoencoder.gan_weight=0.1",
     "--autoencoder.gan_start=5",

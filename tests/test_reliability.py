@@ -97,6 +97,7 @@ def test_one_process_is_two_and_two_resumed_as_one(tmp_path):
     ]
     options += ["--denoiser.sample_every=50", "--denoiser.log_every=1"]
     options += [f"--data.dataset={captioned_digits(tmp_path / 'data')}", "--denoiser.text_encoder=words"]
+    options += ["--denoiser.task=inpaint"]
     one, two, both = (tmp_path / name for name in ("one", "two", "both"))
     train(one, *options)
     train(two, *options, processes=2)
