@@ -15,8 +15,9 @@ from torch._utils import ExceptionWrapper
 
 import training.data.scan
 from training.config import DataConfig, RunError
-from training.data.images import ImageData, ImageDataset, load_images, transform
+from training.data.images import ImageData, ImageDataset, load_images
 from training.data.scan import Scan, _Inspection, scan
+from training.data.transform import transform
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{text}")  # Pillow's, about the damage

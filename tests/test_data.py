@@ -20,9 +20,10 @@ from PIL import Image
 from tests.hub_server import HubServer, Refusal, Repository
 from training.config import DataConfig
 from training.data import sources
-from training.data.images import load_images, transform
+from training.data.images import load_images
 from training.data.order import StepSampler, batch_indices, batch_slices, seeded_generator
 from training.data.scan import Scan, scan
+from training.data.transform import transform
 from training.evaluation.plots import save_grid
 
 GREYS = [0, 40, 80, 120, 160, 200]  # one image each; those of class "a" come first

@@ -159,7 +159,8 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_a_sharded_denoiser_is_the_whole_one(tiny_run, tmp_path, monkeypatch):
-    """FSDP2 on two processes: the same weights, and a checkpoint that one plain process continues."""
+    """FSDP2 on two processes, with images as conditions: the same weights, and a checkpoint that one plain
+    process continues."""
     plain, sharded, both = (tmp_path / name for name in ("plain", "sharded", "both"))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     refused = train(tmp_path / "ddp", processes=2, check=False)
@@ -167,6 +168,7 @@ def test_a_sharded_denoiser_is_the_whole_one(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setenv("FSDP_VERSION", "2")
     (tmp_path / "job.py").write_text(SHARDED)
     options = ["--denoiser.max_steps=20", "--redo=[denoiser]", "--denoiser.checkpoint_every=10"]
+    options += ["--denoiser.task=inpaint"]
     for run in (plain, sharded, both):
         shutil.copytree(tiny_run, run)
     launch(tmp_path / "job.py", "--output_dir", sharded, *options, processes=2)

@@ -21,7 +21,8 @@ from training.data.images import SPLITS
 from training.data.latents import LatentDataset
 from training.data.order import StepSampler, batch_flips, batch_indices, batch_slices, seeded_generator
 from training.data.tasks import image_conditions, task_of
-from training.evaluation.samples import new_sampler, start_monitor
+from training.evaluation.monitor import start_monitor
+from training.evaluation.samples import new_sampler
 from training.evaluation.settings import SamplingSettings
 from training.evaluation.validation import validation_loss
 from training.losses.denoising import DenoisingLoss, sample_timesteps, stratified

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from training.config import RunError
-from training.data.images import ImageData, ImageDataset, reason_of, transform
+from training.data.images import ImageData, ImageDataset, reason_of
+from training.data.transform import transform
 
 FEW_IMAGES = 1000  # below, networks of any use here reproduce their training images
 MANY_IMAGES = 5000  # worth a progress bar, and the start of several processes

@@ -26,18 +26,14 @@ from training.data.tasks import TaskImages, shown
 from training.evaluation.features import (
     ClipScore,
     FeatureNetwork,
-    load_network,
-    real_features,
     weights_sha256,
-    why_unavailable,
 )
-from training.evaluation.metrics import Reference, ranking_metric
-from training.evaluation.plots import save_curve, save_grid, to_uint8
+from training.evaluation.metrics import Reference
+from training.evaluation.plots import save_grid, to_uint8
 from training.evaluation.settings import SamplingSettings
 from training.evaluation.store import BatchStore, cache_key
 from training.evaluation.validation import inference, task_errors
 from training.runtime.accelerator import on_main_process
-from training.runtime.atomic import discard
 from training.runtime.run import Run
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -302,43 +298,3 @@ def _write_npz(path: Path, batches: Iterable, count: int, labels: Tensor | None)
             with archive.open("labels.npy", "w") as file:
                 np.lib.format.write_array(file, labels.numpy())
     return path
-
-
-def start_monitor(run: Run, sampler: Sampler) -> "Monitor | None":
-    """The monitor of `--denoiser.evaluate_every`; None without that option or without a feature network."""
-    spec = run.config.evaluation.features
-    if not run.config.denoiser.evaluate_every or why_unavailable(run.accelerator, spec):
-        return None
-    return Monitor(run, sampler)
-
-
-class Monitor:
-    """Metrics of few samples while the denoiser is trained, always from the same noise, and their plot."""
-
-    def __init__(self, run: Run, sampler: Sampler):
-        self.run, self.count = run, run.config.denoiser.evaluate_samples
-        network = load_network(run.config.evaluation.features)
-        store = BatchStore(run.accelerator, run.folder / "evaluation", sampler.batch_size, run.interruption)
-        real = real_features(store, network, run.data, "train", run.config.data.num_workers)
-        reference = Reference(network.name, real, run.data.train.labels, run.device)
-        self.metrics = SampleMetrics(sampler, network, reference, store)
-
-    def measure(self, step: int) -> dict[str, float]:
-        """Metrics by name at a training step; every process calls this."""
-        folder, main = self.run.folder / "evaluation" / f"step-{step}", self.run.accelerator.is_main_process
-        if main:
-            discard(folder)  # a killed run may have left it, with other weights
-        self.run.accelerator.wait_for_everyone()
-        settings = SamplingSettings.of_pipeline(self.metrics.sampler.pipeline)
-        metrics = self.metrics.measure(settings, self.count, folder.name)
-        if main:
-            discard(folder)
-            self._plot(step, metrics)
-        return metrics
-
-    def _plot(self, step: int, metrics: dict[str, float]) -> None:
-        name = ranking_metric(metrics)
-        log = (self.run.folder / "metrics.jsonl").read_text(encoding="utf-8")
-        lines = [line for line in map(json.loads, log.splitlines()) if line["stage"] == "denoiser"]
-        values = {line["step"]: line[name] for line in lines if name in line}
-        save_curve(values | {step: metrics[name]}, name, self.run.folder / "samples" / "curve.png")
