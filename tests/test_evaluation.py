@@ -243,7 +243,8 @@ def test_a_pipeline_of_other_data_is_refused(tiny_run, tmp_path):
     given = ["--evaluation.pipeline", tiny_run / "pipeline", "--output_dir"]
     larger = launch("evaluate_ldm.py", *given, tmp_path, "--data.resolution", "32", check=False)
     assert "generates images of (1, 16, 16)" in larger.stderr and "--data.resolution" in larger.stderr
-    lost = launch("evaluate_ldm.py", *given, tiny_run, check=False)
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    lost = launch("evaluate_ldm.py", *given, run, check=False)
     assert "has a pipeline of its own" in lost.stderr and "--output_dir" in lost.stderr
 
 

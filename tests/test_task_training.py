@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import signal
 
 import datasets
@@ -77,8 +78,9 @@ def test_holes():
 
 def test_superres_end_to_end(tiny_run, tmp_path, monkeypatch):
     """On a finished run: images are not encoded again; the cache says what the call says; figures, grids."""
-    options = ["--output_dir", tiny_run, "--denoiser.task=superres:2"]
-    shard = tiny_run / "latents" / "train-00000.safetensors"
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    options = ["--output_dir", run, "--denoiser.task=superres:2"]
+    shard = run / "latents" / "train-00000.safetensors"
     before = shard.stat().st_mtime_ns
     refused = launch("train_ldm.py", *options, check=False)
     assert refused.returncode == 2 and "denoiser.task changed" in refused.stderr
@@ -87,11 +89,11 @@ def test_superres_end_to_end(tiny_run, tmp_path, monkeypatch):
     again = launch("train_ldm.py", *options)
     assert "pipeline stands" in again.stdout and "latents stands" in again.stdout
 
-    pipe = LDMPipeline.from_pretrained(tiny_run / "pipeline")
+    pipe = LDMPipeline.from_pretrained(run / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     assert pipe.config.task == {"kind": "superres", "factor": 2} and pipe.unet.config.in_channels == 9
-    data, autoencoder = load_images(DIGITS), load_autoencoder(tiny_run / "autoencoder").eval()
-    conditions = image_conditions(pipe.task, data, "train", autoencoder, tiny_run / "latents", "disk")
+    data, autoencoder = load_images(DIGITS), load_autoencoder(run / "autoencoder").eval()
+    conditions = image_conditions(pipe.task, data, "train", autoencoder, run / "latents", "disk")
     check_slices(conditions, len(data.train))
     noisy = next(conditions.batches(StepSampler(len(data.train), 64, 3, range(1))))
     assert 0 < noisy[:, 4].min() and 0.3 < noisy[:, 4].max() < 0.35
@@ -107,7 +109,7 @@ def test_superres_end_to_end(tiny_run, tmp_path, monkeypatch):
     torch.testing.assert_close(live, concat, rtol=1e-4, atol=1e-4)
 
     # The card, from the run.
-    export_for_hub(tiny_run / "pipeline", tmp_path / "hub", "org/big", "mit", record=read_record(tiny_run))
+    export_for_hub(run / "pipeline", tmp_path / "hub", "org/big", "mit", record=read_record(run))
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "A class-conditional and image-conditional" in card and "brought to 1/2 of the size" in card
     assert "samples.png" in card and "image-to-image" in card and "consistency PSNR-64" in card
@@ -116,11 +118,11 @@ def test_superres_end_to_end(tiny_run, tmp_path, monkeypatch):
     Image.new("RGB", (30, 20)).save("image.png")
     exec(snippet, {"pipe": pipe})
     assert Image.open("sample.png").size == (16, 16)
-    assert "samples.png" not in read_record(tiny_run, show_data=False).pictures
+    assert "samples.png" not in read_record(run, show_data=False).pictures
 
-    figures = json.loads((tiny_run / "metrics.json").read_text())["samples"]["figures"]
+    figures = json.loads((run / "metrics.json").read_text())["samples"]["figures"]
     assert figures["PSNR-64"] > 3 and figures["consistency PSNR-64"] > figures["PSNR-64"]
-    assert Image.open(tiny_run / "samples" / "denoiser-0000012-ema.png").height > 600  # three rows for one
+    assert Image.open(run / "samples" / "denoiser-0000012-ema.png").height > 600  # three rows for one
 
 
 def test_a_stopped_run_of_inpainting_ends_in_the_same_bits(tmp_path):
