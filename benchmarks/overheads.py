@@ -145,7 +145,7 @@ def call_against_networks(
         pipe.vae.decode(denormalize_latents(pipe.vae, noisy[:images]))
 
     labels = [index % 10 for index in range(images)]
-    call = lambda: pipe(labels, num_inference_steps=steps, guidance_scale=2.0, output_type="pt")  # noqa: E731
+    call = lambda: pipe(class_labels=labels, num_inference_steps=steps, guidance_scale=2.0, output_type="pt")  # noqa: E731
     seconds = side_by_side(rounds, call=call, networks=networks)
     return seconds["call"] / seconds["networks"]
 
