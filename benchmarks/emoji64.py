@@ -1,4 +1,4 @@
-"""What a text-to-image model of emoji64 draws for the captions of pictures that it was not trained on.
+"""Samples of a text-to-image model of emoji64, for the captions of pictures that it was not trained on.
 
     python benchmarks/emoji64.py runs/emoji64_text/pipeline path/to/emoji64 path/to/features.pt
 

@@ -1,4 +1,4 @@
-"""What imports and loading cost beside Diffusers' own import and reading the weights, as ratios.
+"""The cost of imports and loading beside Diffusers' own import and reading the weights, as ratios.
 
 python benchmarks/loading.py --pipeline runs/cifar10_cpu/pipeline
 """

@@ -1,4 +1,4 @@
-"""What the package costs beyond the networks' own arithmetic, as ratios measured side by side in one process.
+"""The package's cost beyond the networks' own arithmetic, as ratios measured side by side in one process.
 
 python benchmarks/overheads.py --config training/configs/cifar10_cpu.yaml
 """

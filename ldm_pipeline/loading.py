@@ -132,22 +132,21 @@ def load_strictly(kind: type, folder: Path, **options):
         shards = read_json(path).get("weight_map", {}).values()
         if bad := sorted({str(n) for n in shards if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(n))}):
             raise ValueError(f"{path}: {bad[:3]} are no names of safetensors files in its folder")
-    info = {}
-    model = _load(kind, folder, info, **options)
+    model, info = _load(kind, folder, **options)
     if faults := [f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in info.items()]:
         raise ValueError(f"{folder}: the weights are not those of its {kind.__name__}: {'; '.join(faults)}")
     return model
 
 
-def _load(kind: type, folder: Path, info: dict[str, list[str]], **options):
-    """A network of a folder, quietly; `info` gets the names of weights that are not those of its class."""
+def _load(kind: type, folder: Path, **options) -> tuple[torch.nn.Module, dict[str, list[str]]]:
+    """A network of a folder, quietly, and by kind of fault the weights that are not those of its class."""
     library = diffusers_logging
     if not issubclass(kind, ModelMixin):
         from transformers.utils import logging as library  # here, because only models with text need it
 
         options["dtype"] = options.pop("torch_dtype", None) or torch.float32
         options.pop("disable_mmap", None)
-    level = library.get_verbosity()
+    level, bar = library.get_verbosity(), library.is_progress_bar_enabled()
     library.set_verbosity(logging.CRITICAL)  # what it would warn of is an error here
     library.disable_progress_bar()
     try:
@@ -155,9 +154,9 @@ def _load(kind: type, folder: Path, info: dict[str, list[str]], **options):
         model, found = kind.from_pretrained(folder, use_safetensors=True, **told, **options)
     finally:
         library.set_verbosity(level)
-        library.enable_progress_bar()
-    info |= {what: sorted(map(str, keys)) for what, keys in found.items() if keys}
-    return model
+        if bar:  # whoever has turned it off wants none
+            library.enable_progress_bar()
+    return model, {what: sorted(map(str, keys)) for what, keys in found.items() if keys}
 
 
 def load_text_encoder(source: str | Path, max_length: int | None = None) -> tuple:
@@ -182,8 +181,7 @@ def load_text_encoder(source: str | Path, max_length: int | None = None) -> tupl
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         kind = _text_class(config)
-        info: dict[str, list[str]] = {}
-        model = _load(kind, folder, info).eval().requires_grad_(False)
+        model, info = _load(kind, folder)
     except (ValueError, KeyError, ImportError) as error:
         raise ValueError(f"{source}: no text encoder of transformers: {error}") from error
     missing = info.get("missing_keys", []) + info.get("mismatched_keys", [])
@@ -191,6 +189,7 @@ def load_text_encoder(source: str | Path, max_length: int | None = None) -> tupl
         raise ValueError(f"{source}: {len(absent)} weights of {kind.__name__} are missing ({absent[:3]})")
     for key in missing:  # one vector for a whole text, which nothing here reads
         torch.nn.init.zeros_(model.get_parameter(key))
+    model.eval().requires_grad_(False)
     check_weights(model, str(source))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

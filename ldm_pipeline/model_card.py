@@ -84,7 +84,7 @@ def render_card(
         record=record,
         pipe=pipe,
         classes=num_classes(pipe.denoiser),
-        condition=_condition(pipe),
+        condition=" and ".join(_conditions(pipe)),
         latents=latent_shape(pipe.denoiser),
         image_size=image_size(pipe),
         call=_call(pipe, names, record.metrics),
@@ -126,10 +126,10 @@ def image_size(pipe: LDMPipeline) -> list[int]:
     return [side * downsampling(pipe.vae) for side in latent_shape(pipe.denoiser)[1:]]
 
 
-def _condition(pipe: LDMPipeline) -> str:
-    """The kind of model, in the words of its card."""
+def _conditions(pipe: LDMPipeline) -> list[str]:
+    """The kind of model, as tags and in the words of its card."""
     kinds = {"class": num_classes(pipe.denoiser), "text": text_width(pipe.denoiser), "image": pipe.task}
-    return " and ".join(f"{kind}-conditional" for kind in kinds if kinds[kind]) or "unconditional"
+    return [f"{kind}-conditional" for kind in kinds if kinds[kind]] or ["unconditional"]
 
 
 def image_snippet(task: dict | None) -> tuple[list[str], list[str]]:
@@ -209,7 +209,7 @@ def _front_matter(pipe: LDMPipeline, repo_id: str, license: str, dataset: str | 
         library_name="diffusers",
         pipeline_tag=tag,
         datasets=[dataset] if is_hub_id(dataset) else None,
-        tags=["ldm-pipeline", "latent-diffusion", *_condition(pipe).split(" and ")],
+        tags=["ldm-pipeline", "latent-diffusion", *_conditions(pipe)],
         model_name=repo_id.split("/")[1] if results else None,
         eval_results=results or None,
     ).to_dict()

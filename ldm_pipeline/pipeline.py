@@ -275,7 +275,7 @@ def encode_tokens(text_encoder, ids: torch.Tensor, mask: torch.Tensor) -> torch.
 
 # ------------------------------------------------------------------------------------------------------- task
 class Task:
-    """What a model is shown beside the noise, `Condition.concat`, as a function of an image.
+    """Images as a condition beside the noise, `Condition.concat`: a function of what a user gives.
 
     Args:
         config: {"kind": "inpaint"}, or "colorize", "deblur", "enhance"; {"kind": "superres", "factor": 4}; or
@@ -413,7 +413,7 @@ def _picture_array(picture: Image.Image) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------- guidance
 @dataclass(frozen=True)
 class Guidance:
-    """How the prediction for a condition is led away from a weaker one, at every step of a call.
+    """Guidance of a call: at every step the prediction for a condition is led away from a weaker one.
 
     scale: weaker + scale * (conditional - weaker), off at 1. The weaker one is the denoiser's for the null
         condition (classifier-free guidance, arXiv:2207.12598), unless there is a `guide`.
@@ -992,7 +992,8 @@ class LDMPipeline(DiffusionPipeline):
         texts = _as_list(prompt)
         tokens = tokenize(self.tokenizer, self.text_encoder, texts)
         ids, mask = (each.to(self._execution_device) for each in tokens)
-        if any(len(self.tokenizer(text)["input_ids"]) > ids.shape[1] for text in texts):
+        full = ids.shape[1] == self.tokenizer.model_max_length  # else nothing was cut
+        if full and any(len(self.tokenizer(text)["input_ids"]) > ids.shape[1] for text in texts):
             logger.warning(f"a prompt has more than {ids.shape[1]} tokens; the rest is not read")
         return encode_tokens(self.text_encoder, ids, mask), mask
 

@@ -7,8 +7,10 @@ if __name__ == "__main__":  # first, so that a typo is answered before torch is 
 
 import hashlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL
@@ -34,6 +36,8 @@ from training.evaluation.features import weights_sha256
 from training.runtime.atomic import discard, file_sha256, read_json, write_bytes, write_json, write_tensors
 from training.runtime.run import Run
 from training.runtime.signals import leave_signals_to_parent
+
+Item = TypeVar("Item")
 
 
 def latents_stand(run: Run) -> str | None:
@@ -180,14 +184,20 @@ def prepare_cache(run: Run, cache: Cache) -> None:
 
 def encode_shards(run: Run, autoencoder: nn.Module, cache: Cache) -> None:
     """Write the missing shards, in rounds of one shard per process."""
-    accelerator, folder = run.accelerator, cache.folder
+    folder = cache.folder
     missing = [shard for shard in cache.plan if not (folder / shard.name).exists()]
+    for shard in _own_share(run, missing, folder.name):
+        encoded = _encode_images(run, autoencoder, cache.images[shard.split], shard.indices)
+        write_tensors(folder / shard.name, {name: encoded[name] for name in shard.shapes})
+
+
+def _own_share(run: Run, missing: list[Item], title: str) -> Iterator[Item]:
+    """Those of the missing shards that this process writes, one per round; all processes call this."""
+    accelerator = run.accelerator
     accelerator.wait_for_everyone()  # all processes have the same list before the first shard is written
     rounds = range(0, len(missing), accelerator.num_processes)
-    for first in tqdm(rounds, desc=folder.name, unit="shard", disable=not accelerator.is_main_process):
-        for shard in missing[first : first + accelerator.num_processes][accelerator.process_index :][:1]:
-            encoded = _encode_images(run, autoencoder, cache.images[shard.split], shard.indices)
-            write_tensors(folder / shard.name, {name: encoded[name] for name in shard.shapes})
+    for first in tqdm(rounds, desc=title, unit="shard", disable=not accelerator.is_main_process):
+        yield from missing[first : first + accelerator.num_processes][accelerator.process_index :][:1]
         run.interruption.check()
 
 
@@ -246,13 +256,9 @@ def cache_captions(run: Run, folder: Path) -> None:
     tokenizer, encoder = run.text
     encoder.to(run.device)
     missing = [number for number, shard in enumerate(shards) if not shard.exists()]
-    run.accelerator.wait_for_everyone()  # all processes have the same list before the first shard is written
-    processes, rank = run.accelerator.num_processes, run.accelerator.process_index
-    for first in range(0, len(missing), processes):
-        for number in missing[first : first + processes][rank:][:1]:
-            texts, size = unique[number * SHARD_SIZE :][:SHARD_SIZE], run.config.latents.batch_size
-            write_tensors(shards[number], encode_captions(texts, tokenizer, encoder, size, ids_only=words))
-        run.interruption.check()
+    for number in _own_share(run, missing, "captions"):
+        texts, size = unique[number * SHARD_SIZE :][:SHARD_SIZE], run.config.latents.batch_size
+        write_tensors(shards[number], encode_captions(texts, tokenizer, encoder, size, ids_only=words))
     run.print(f"captions: {len(unique) - 1:,} different ones, encoded once each")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm_pipeline.loading import LDMPipeline, load_autoencoder
 from ldm_pipeline.models import build_scheduler
-from ldm_pipeline.pipeline import latent_shape, num_classes, text_width
+from ldm_pipeline.pipeline import is_conditional, latent_shape, num_classes, text_width
 from training.config import DenoiserConfig, RunError
 from training.data.captions import CaptionDataset, cached_captions, words_encoder
 from training.data.conditions import Conditions
@@ -239,7 +239,7 @@ def random_batch(
 
 def default_arguments(config: DenoiserConfig, unet: nn.Module) -> dict:
     """Default sampling arguments that are saved with the pipeline."""
-    guidance = {"guidance_scale": config.guidance_scale} if num_classes(unet) or text_width(unet) else {}
+    guidance = {"guidance_scale": config.guidance_scale} if is_conditional(unet) else {}
     return {"num_inference_steps": config.sample_steps} | guidance
 
 

@@ -54,15 +54,15 @@ class Conditions:
         indices, text = batch["indices"][rows], ()
         if self.captions is not None:
             text = batch["captions"][rows], self.captions.longest(batch["captions"])  # equal on all processes
-        null = self.null(len(indices), *text[1:])
+        null = self.null(*text[1:])
         return drop(self.batch(indices, *text), null, batch["dropped"][rows], config)
 
-    def null(self, count: int, length: int | None = None) -> Condition:
-        """The condition of `count` images that says nothing; `length` as for `batch`."""
-        condition = Condition.null(self.denoiser, count, self.latents.device)
+    def null(self, length: int | None = None) -> Condition:
+        """The condition of one image that says nothing; `length` as for `batch`."""
+        condition = Condition.null(self.denoiser, 1, self.latents.device)
         if self.captions is None:
             return condition
-        empty = torch.zeros(count, dtype=torch.int64)
+        empty = torch.zeros(1, dtype=torch.int64)
         return self._with_text(condition, empty, length or self.captions.longest(empty))
 
     def _with_text(self, condition: Condition, captions: Tensor, length: int) -> Condition:
@@ -78,7 +78,7 @@ def drop(condition: Condition, null: Condition, uniform: Tensor, config: Denoise
     Each is dropped in its share of the images; half of the smaller share loses both, as guidance needs it.
 
     Args:
-        null: the condition that says nothing, of the same shapes.
+        null: the condition that says nothing, of one image or of as many, with texts of the same length.
         uniform: numbers `(N,)` in [0, 1).
     """
     classes, text = condition.class_labels is not None, condition.encoder_hidden_states is not None

@@ -57,7 +57,7 @@ def paired_column(config: DenoiserConfig) -> str | None:
 
 
 class TaskImages(Dataset):
-    """What a user would give for the images of one split: "image" `(C, R, R)` in [0, 1], and for inpainting
+    """Arguments of a call, made of the images of one split: "image" `(C, R, R)` in [0, 1], and for inpainting
     "mask_image" `(1, R, R)` bool. Picklable.
 
     An item is asked for by (index, flip, *key): equal keys draw the same mask or degradation.

@@ -17,17 +17,10 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ldm_pipeline.loading import LDMPipeline
-from ldm_pipeline.pipeline import (
-    num_classes,
-    text_width,
-)
+from ldm_pipeline.pipeline import num_classes, text_width
 from training.data.order import seeded_generator
 from training.data.tasks import TaskImages, shown
-from training.evaluation.features import (
-    ClipScore,
-    FeatureNetwork,
-    weights_sha256,
-)
+from training.evaluation.features import ClipScore, FeatureNetwork, weights_sha256
 from training.evaluation.metrics import Reference
 from training.evaluation.plots import save_grid, to_uint8
 from training.evaluation.settings import SamplingSettings
@@ -70,14 +63,13 @@ class Sampler:
         if not classes and (self.labels is None or self.captions is None and self.examples is None):
             return None
         labels = torch.arange(classes) if self.labels is None else self.labels
-        return labels[self._rows(indices, labels)]
+        return labels[self._rows(indices, len(labels))]
 
     def prompts(self, indices) -> list[str] | None:
         """Captions of images by number, or None for a pipeline that takes no text."""
         if self.captions is None:
             return None
-        order = torch.zeros(len(self.captions)) if self.labels is None else self.labels
-        return [self.captions[row] for row in self._rows(indices, order).tolist()]
+        return [self.captions[row] for row in self._rows(indices, len(self.captions)).tolist()]
 
     def given(self, indices) -> dict[str, Tensor]:
         """What a call gets for images by number: "image", perhaps "mask_image"; nothing without a task."""
@@ -92,8 +84,7 @@ class Sampler:
         return torch.stack([images[row, False]["images"] for row in self._originals(indices)])
 
     def _originals(self, indices) -> list[int]:
-        order = torch.zeros(len(self.examples.originals)) if self.labels is None else self.labels
-        return self._rows(indices, order).tolist()
+        return self._rows(indices, len(self.examples.originals)).tolist()
 
     def errors(self, samples: Tensor, indices) -> dict[str, Tensor]:
         """The errors `(n,)` of a task's samples, uint8 `(n, C, H, W)`, by name; see `task_errors`."""
@@ -102,13 +93,14 @@ class Sampler:
         samples, hole = samples.cpu().float() / 127.5 - 1, self.given(indices).get("mask_image")
         return task_errors(self.pipeline.task, samples, self.originals(indices), hole)
 
-    def _rows(self, indices, labels: Tensor) -> Tensor:
-        """Images `(n,)` whose conditions some samples have, in the proportions of the labels `(N,)`.
+    def _rows(self, indices, count: int) -> Tensor:
+        """Images `(n,)`, of `count`, whose conditions some samples have, in the proportions of the labels.
 
         The numbers take places of the golden ratio's sequence, which fills [0, 1) evenly.
         """
         places = ((torch.tensor(list(indices), dtype=torch.float64) + 0.5) * GOLDEN) % 1
-        return labels.argsort(stable=True)[(places * len(labels)).long()]
+        order = torch.arange(count) if self.labels is None else self.labels.argsort(stable=True)
+        return order[(places * count).long()]
 
     def sample(self, settings: SamplingSettings, indices) -> Tensor:
         """The images of some numbers, uint8 `(n, 1 or 3, H, W)`."""
