@@ -1,0 +1,218 @@
+"""Models of tasks beside what needs no training for them, on held-out pictures.
+
+    python benchmarks/tasks.py path/to/data path/to/features.pt runs/a/pipeline runs/b/pipeline \
+        --split validation --unconditional runs/text/pipeline
+
+The task is read from each pipeline. Baselines:
+
+- inpaint: the mean colour of what is known; latent blending (`known + noise` outside the hole in every step)
+  of `--unconditional`, a model without a task, with as many steps.
+- superres: nearest pixels; bicubic.
+- colorize: the grey picture; the mean colour that training pictures have at each brightness.
+- column: the condition itself; the training picture whose condition is nearest.
+
+"FD" is the Frechet distance of the results' features to those of the originals; all other figures are means
+over pictures. Each grid has columns of conditions, baselines, model and originals.
+"""
+
+import argparse
+from pathlib import Path
+
+import datasets
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm_pipeline import LDMPipeline
+from ldm_pipeline.pipeline import Task, luminance, noise_levels, set_timesteps, to_pixels
+from training.data.order import seeded_generator
+from training.data.tasks import draw_hole
+from training.evaluation.features import load_network
+from training.evaluation.metrics import FrechetDistance
+from training.evaluation.plots import save_grid, to_uint8
+from training.evaluation.validation import task_errors
+
+BINS = 64  # of brightness, each with its mean colour
+GRID_ROWS = 8
+
+
+def read(split: datasets.Dataset, column: str, indices: list[int]) -> Tensor:
+    """Pictures float32 `(N, 3, R, R)` in [0, 1] of a column."""
+    pictures = split.select(indices)[column]
+    return torch.stack([to_pixels(picture.convert("RGB"))[0] for picture in pictures])
+
+
+def some(split: datasets.Dataset, limit: int, name: str) -> list[int]:
+    """At most `limit` rows of a split, drawn at random."""
+    return torch.randperm(len(split), generator=seeded_generator("cpu", name))[:limit].tolist()
+
+
+def holes(count: int, size: int, seed: int) -> Tensor:
+    """Boxes and strokes `(N, 1, size, size)` bool as in training, none of the whole image."""
+    drawn = []
+    for index in range(count):
+        generator = seeded_generator("cpu", seed, "holes", index)
+        hole = draw_hole(size, generator)
+        while hole.all() or not hole.any():
+            hole = draw_hole(size, generator)
+        drawn.append(hole)
+    return torch.stack(drawn)
+
+
+def spread(images: Tensor, hole: Tensor) -> Tensor:
+    """Images `(N, 3, R, R)` whose hole is filled from its border inwards, by means of 3x3 pixels."""
+    images, known = images * ~hole, (~hole).float()
+    while not known.all():
+        near = F.avg_pool2d(known, 3, 1, 1, count_include_pad=False)
+        mean = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False) / near.clamp(min=1e-6)
+        new = (known == 0) & (near > 0)
+        images, known = torch.where(new, mean, images), known + new
+    return images
+
+
+def batched(function, count: int, size: int, name: str) -> Tensor:
+    """`function` of all slices of `range(count)`, joined."""
+    starts = tqdm(range(0, count, size), desc=name, mininterval=10)
+    return torch.cat([function(slice(start, min(start + size, count))) for start in starts])
+
+
+def sample(pipe, part: slice, options: argparse.Namespace, **inputs) -> Tensor:
+    """Results `(n, 3, R, R)` in [0, 1] of a call, each by the seed of its row."""
+    generators = [seeded_generator("cpu", options.seed, index) for index in range(part.start, part.stop)]
+    steps = {"num_inference_steps": options.num_inference_steps, "guidance_scale": 1.0}
+    return pipe(generator=generators, output_type="pt", **steps, **inputs).images.float().cpu()
+
+
+@torch.no_grad()
+def blend(pipe, part: slice, images: Tensor, hole: Tensor, options: argparse.Namespace) -> Tensor:
+    """Latent blending: after each step, latents that are known give way to the picture's, noised alike.
+
+    As Diffusers inpaints by networks of four channels; for a pipeline that learned a flow.
+    """
+    images, hole = images[part], hole[part]
+    known = pipe.encode(spread(images, hole)).cpu()
+    free = F.max_pool2d(hole.float(), hole.shape[-1] // known.shape[-1]) > 0
+    generator = seeded_generator("cpu", options.seed, "blending", part.start)
+    noise = torch.randn(known.shape, generator=generator)
+    set_timesteps(pipe.scheduler, options.num_inference_steps)
+    levels = noise_levels(pipe.scheduler, pipe.objective)[1:] + [0.0]
+
+    def keep(_, step, __, values):
+        return {"latents": torch.where(free, values["latents"], known.lerp(noise, levels[step]))}
+
+    text = {"prompt": [""] * len(images)} if pipe.text_encoder is not None else {"batch_size": len(images)}
+    result = sample(pipe, part, options, latents=noise, callback_on_step_end=keep, **text)
+    return torch.where(hole, result, images)
+
+
+def colours(train: Tensor, images: Tensor) -> Tensor:
+    """Grey images with the mean colour that pixels of `train` have at each brightness."""
+    level = (luminance(train) * (BINS - 1)).round().long().flatten()
+    counts = torch.bincount(level, minlength=BINS).clamp(min=1)
+    sums = [torch.bincount(level, train[:, c].flatten(), BINS) for c in range(3)]
+    table = torch.stack(sums, 1) / counts[:, None]
+    return table[(luminance(images) * (BINS - 1)).round().long().squeeze(1)].permute(0, 3, 1, 2)
+
+
+def nearest(train: Tensor, conditions: Tensor) -> Tensor:
+    """For each condition `(N, 3, R, R)` the row of the nearest of `train`, `(N,)`."""
+    parts = conditions.flatten(1).split(50)
+    return torch.cat([torch.cdist(part, train.flatten(1)).argmin(1) for part in parts])
+
+
+def measure(pipe, splits: datasets.DatasetDict, network, options: argparse.Namespace) -> None:
+    """Print the table of a model and write its grid."""
+    task, size = Task(pipe.config.task), options.batch_size
+    held, train = splits[options.split], splits["train"]
+    rows = some(held, options.limit, "rows")
+    images = read(held, options.image_column, rows)
+    side = images.shape[-2:]
+    hole = holes(len(images), side[0], options.seed) if task.takes_mask else None
+    given, learned = images, lambda: read(train, options.image_column, some(train, options.train, "train"))
+    if task.kind == "column":
+        given = read(held, task.config["column"], rows)
+    elif task.kind == "superres":
+        given = task.low_resolution(images, side)
+    elif task.kind not in ("inpaint", "colorize"):
+        raise SystemExit(f"no baselines for the task {task.config}")
+    results = {}
+    if task.kind == "inpaint":
+        mean = (images * ~hole).sum((2, 3), keepdim=True) / (~hole).sum((2, 3), keepdim=True)
+        results["mean colour of what is known"] = torch.where(hole, mean, images)
+        if options.unconditional:
+            other = LDMPipeline.from_pretrained(options.unconditional)
+            other.set_progress_bar_config(disable=True)
+            results["latent blending, no training"] = batched(
+                lambda part: blend(other, part, images, hole, options), len(images), size, "blending"
+            )
+    elif task.kind == "superres":
+        results["nearest pixels"] = F.interpolate(given, side)
+        results["bicubic"] = task.shown(given, side)
+    elif task.kind == "colorize":
+        results["grey"] = luminance(images).expand_as(images)
+        results["mean colour at each brightness"] = colours(learned(), images)
+    else:
+        chosen = some(train, options.train, "train")
+        found = nearest(read(train, task.config["column"], chosen), given)
+        results["the condition itself"] = given
+        results["picture of the nearest condition in training"] = learned()[found]
+
+    def draw(part: slice) -> Tensor:
+        masks = {"mask_image": hole[part].float()} if task.takes_mask else {}
+        return sample(pipe, part, options, image=given[part], **masks)
+
+    results["**trained**"] = batched(draw, len(images), size, task.kind)
+    autoencoded = batched(
+        lambda part: pipe.decode(pipe.encode(images[part])).cpu(), len(images), size, "floor"
+    )
+    results["the original through the autoencoder"] = (
+        torch.where(hole, autoencoded, images) if task.takes_mask else autoencoded
+    )
+
+    def features(pictures: Tensor) -> Tensor:
+        pixels = to_uint8(pictures * 2 - 1)
+        return batched(lambda part: network(pixels[part])["features"], len(pixels), size, "features")
+
+    distance, lines = FrechetDistance(features(images)), []
+    for name, pictures in results.items():
+        errors = task_errors(task, pictures * 2 - 1, images * 2 - 1, hole)
+        figures = {"FD": distance(features(pictures))} | {k: v.mean().item() for k, v in errors.items()}
+        lines.append(f"| {name} | {' | '.join(f'{value:.3f}' for value in figures.values())} |")
+    print(f"\n{task.config}, {len(images)} pictures of {options.split}\n\n| result | {' | '.join(figures)} |")
+    print("|---|" + "---|" * len(figures), *lines, sep="\n", flush=True)
+    shown = [task.shown(given, side, hole), *list(results.values())[:-1], images]
+    page = torch.stack([column[:GRID_ROWS] for column in shown], 1).flatten(0, 1)
+    save_grid(page * 2 - 1, options.grids / f"{task.kind}.png", columns=len(shown))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("dataset", help="data set or folder")
+    parser.add_argument("features", help="network as of --evaluation.features, such as a TorchScript file")
+    parser.add_argument("pipelines", nargs="+", help="pipeline folders or Hub ids of trained tasks")
+    parser.add_argument("--unconditional", help="pipeline without a task, for latent blending")
+    parser.add_argument("--split", default="test", help="held-out split")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--num_inference_steps", type=int, default=12)
+    parser.add_argument("--limit", type=int, default=1000, help="held-out pictures, at most")
+    parser.add_argument("--train", type=int, default=4000, help="training pictures for baselines, at most")
+    parser.add_argument("--batch_size", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--grids", type=Path, default=Path("."), help="folder of the grids")
+    return parser.parse_args()
+
+
+def main():
+    options = parse()
+    options.grids.mkdir(parents=True, exist_ok=True)
+    splits, network = datasets.load_dataset(options.dataset), load_network(options.features)
+    with torch.no_grad():
+        for name in options.pipelines:
+            pipe = LDMPipeline.from_pretrained(name)
+            pipe.set_progress_bar_config(disable=True)
+            measure(pipe, splits, network, options)
+
+
+if __name__ == "__main__":
+    main()
