@@ -264,8 +264,12 @@ def test_the_whole_job_with_an_encoder_that_is_not_trained(captioned, encoder, t
     pipe = LDMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     stored = load_text_encoder(encoder)[1].state_dict()
     assert all(torch.equal(value, stored[key]) for key, value in pipe.text_encoder.state_dict().items())
+    shard = tmp_path / "run" / "latents" / "captions-00000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
     again = run(captioned, tmp_path / "run", "--denoiser.text_encoder", encoder)
-    assert all(f"{stage}: " in again.stdout for stage in ("autoencoder", "latents", "denoiser", "evaluation"))
+    assert "captions: 20 different ones" in again.stdout and shard.read_bytes() == whole
+    assert all(f"{stage}: " in again.stdout for stage in ("autoencoder", "denoiser", "evaluation"))
     prompts = json.loads((tmp_path / "run" / "metrics.json").read_text())["prompts"]
     assert set(prompts) <= {f"the digit {name}" for name in DIGITS}
 

@@ -279,6 +279,11 @@ class DenoiserConfig(OptimizationConfig):
     evaluate_samples: Samples = free(1000, ignored_if=("evaluate_every", 0))
     """Samples of such an evaluation."""
 
+    @property
+    def trains_text_encoder(self) -> bool:
+        """Whether captions are encoded by an encoder that is trained with the denoiser."""
+        return self.text_encoder == "words"
+
 
 @dataclass
 class EvaluationConfig:
@@ -382,7 +387,7 @@ def check_config(config: Config) -> None:
         raise RunError(
             "--evaluation.save_best writes into a run's own pipeline: leave out --evaluation.pipeline"
         )
-    if config.denoiser.guide_step and config.denoiser.text_encoder == "words":
+    if config.denoiser.guide_step and config.denoiser.trains_text_encoder:
         raise RunError(
             f"--denoiser.guide_step {config.denoiser.guide_step}: --denoiser.text_encoder words is trained "
             "with the network, and an early network does not know what becomes of it; set it to 0"

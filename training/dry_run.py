@@ -53,7 +53,7 @@ def _measure(run: Run, name: str, config: OptimizationConfig, shape: tuple[int, 
         arguments = (images, noise)
     else:
         width = text_width_of(config, run.text)
-        words = run.text[1] if config.text_encoder == "words" else None
+        words = run.text[1] if config.trains_text_encoder else None
         module = DenoisingLoss(new_denoiser(run.config, run.data, shape, width), config, words).to(run.device)
         condition = blank_condition(module.unet, part, run.device)
         if words is not None:  # token numbers

@@ -27,6 +27,7 @@ from training.data.captions import (
     caption_shards,
     captions_sha256,
     encode_captions,
+    missing_shards,
     unique_captions,
 )
 from training.data.images import SPLITS
@@ -228,7 +229,7 @@ def _encode_images(run: Run, autoencoder: nn.Module, images: Dataset, indices: r
 def captions_key(run: Run, unique: list[str]) -> dict:
     """The cache key of encoded captions."""
     tokenizer, encoder = run.text
-    words = run.config.denoiser.text_encoder == "words"
+    words = run.config.denoiser.trains_text_encoder
     return {
         "text encoder": "words" if words else weights_sha256(encoder),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
@@ -240,13 +241,13 @@ def captions_key(run: Run, unique: list[str]) -> dict:
 def captions_stand(run: Run, folder: Path) -> bool:
     """Whether the captions are encoded, by the present text encoder."""
     unique, path = unique_captions(run.data), folder / "captions.json"
-    whole = all(shard.exists() for shard in caption_shards(folder, unique))
+    whole = not missing_shards(folder, unique)
     return whole and path.exists() and read_json(path) == captions_key(run, unique)
 
 
 def cache_captions(run: Run, folder: Path) -> None:
     """Encode every caption once, or turn it into token numbers for an encoder that is still to be trained."""
-    unique, words = unique_captions(run.data), run.config.denoiser.text_encoder == "words"
+    unique, words = unique_captions(run.data), run.config.denoiser.trains_text_encoder
     key, path, shards = captions_key(run, unique), folder / "captions.json", caption_shards(folder, unique)
     if run.accelerator.is_main_process and (not path.exists() or read_json(path) != key):
         for stale in folder.glob("captions-*"):
@@ -255,8 +256,7 @@ def cache_captions(run: Run, folder: Path) -> None:
     run.accelerator.wait_for_everyone()
     tokenizer, encoder = run.text
     encoder.to(run.device)
-    missing = [number for number, shard in enumerate(shards) if not shard.exists()]
-    for number in _own_share(run, missing, "captions"):
+    for number in _own_share(run, missing_shards(folder, unique), "captions"):
         texts, size = unique[number * SHARD_SIZE :][:SHARD_SIZE], run.config.latents.batch_size
         write_tensors(shards[number], encode_captions(texts, tokenizer, encoder, size, ids_only=words))
     run.print(f"captions: {len(unique) - 1:,} different ones, encoded once each")

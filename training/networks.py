@@ -64,7 +64,7 @@ def has_classes(config: Config, data: ImageData) -> bool:
 def pretrained_text_encoder(config: DenoiserConfig) -> tuple | None:
     """Tokenizer and text encoder of `--denoiser.text_encoder`, None if it names none to load."""
     source = config.text_encoder
-    if source in (None, "words"):
+    if source is None or config.trains_text_encoder:
         return None
     try:
         return load_text_encoder(source, config.text_max_length)

@@ -89,7 +89,7 @@ def train_denoiser(run: Run) -> None:
     shown, held_out_shown = (image_conditions(task, run.data, split, autoencoder, *cache) for split in SPLITS)
 
     # Network with its loss, and the pipeline that samples with it.
-    words = run.text[1] if config.text_encoder == "words" else None
+    words = run.text[1] if config.trains_text_encoder else None
     width = text_width_of(config, run.text)
     network = new_denoiser(run.config, run.data, latents.shape, width)
     trained = DenoisingLoss(network, config, words).to(device)
@@ -250,7 +250,7 @@ def save_pipeline(run: Run, pipeline: LDMPipeline, ema: EMA) -> None:
         with torch.device("meta"):  # the trained ones may be in shards
             shape, width = latent_shape(pipeline.unet), text_width(pipeline.unet) or None
             trained = {"unet": new_denoiser(run.config, run.data, shape, width)}
-            if run.config.denoiser.text_encoder == "words":
+            if run.config.denoiser.trains_text_encoder:
                 trained["text_encoder"] = words_encoder(run.config.denoiser, run.data, 0)[1]
         for name, part in trained.items():
             own = {key.removeprefix(f"{name}."): value for key, value in averages.items()

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -42,6 +43,21 @@ def captions_sha256(captions: list[str]) -> str:
 def caption_shards(folder: Path, unique: list[str]) -> list[Path]:
     """The files of the encoded captions."""
     return [folder / f"captions-{i:05d}.safetensors" for i in range(-(-len(unique) // SHARD_SIZE))]
+
+
+def missing_shards(folder: Path, unique: list[str]) -> list[int]:
+    """Numbers of the files of encoded captions that are not there or are damaged; reads headers only."""
+
+    def stands(number: int, path: Path) -> bool:
+        try:
+            with safe_open(path, "pt") as shard:
+                count = len(unique[number * SHARD_SIZE :][:SHARD_SIZE])
+                return shard.get_slice("lengths").get_shape() == [count]
+        except (OSError, SafetensorError):
+            return False
+
+    shards = enumerate(caption_shards(folder, unique))
+    return [number for number, path in shards if not stands(number, path)]
 
 
 def words_encoder(config: DenoiserConfig, data: ImageData, seed: int) -> tuple:
@@ -177,7 +193,7 @@ def cached_captions(
 ) -> CaptionDataset:
     """The encoded captions of a split, from the latents folder of a run. RunError if they are not there."""
     unique = unique_captions(data)
-    shards = caption_shards(folder, unique)
-    if not all(shard.exists() for shard in shards):
-        raise RunError(f"{folder} has no encoded captions: run training/encode_latents.py first")
-    return CaptionDataset(shards, unique, getattr(data, split).captions, device, resident)
+    if missing_shards(folder, unique):
+        raise RunError(f"{folder} lacks encoded captions: run training/encode_latents.py first")
+    captions = getattr(data, split).captions
+    return CaptionDataset(caption_shards(folder, unique), unique, captions, device, resident)

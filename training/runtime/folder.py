@@ -119,7 +119,7 @@ def check_space(
         need += weights * (4 * (kept + guide + 1) * trained + 2 + guide)
         if name == "denoiser" and text_encoder is not None:
             encoder = sum(parameter.nbytes for parameter in text_encoder.parameters())
-            need += encoder * (4 * (kept + 1) * (config.denoiser.text_encoder == "words") + 1)
+            need += encoder * (4 * (kept + 1) * (config.denoiser.trains_text_encoder) + 1)
     numbers = math.prod(latent_shape(networks[1])) * (2 if data.horizontal_flip else 1)
     need += images * numbers * 2 * (3 if cached(task_of(config.denoiser)) else 2)  # float16: mean, deviation
     existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())

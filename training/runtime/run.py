@@ -118,7 +118,7 @@ def start(config: Config, stages: list[str]) -> Run:
         accelerator.print(describe_captions(data), flush=True)
     if networks:
         check_data(config, data)
-        if config.denoiser.text_encoder == "words":
+        if config.denoiser.trains_text_encoder:
             text = words_encoder(config.denoiser, data, config.seed + 2)
         if text:
             check_lengths(unique_captions(data), text[0], config.denoiser.cut_captions)
