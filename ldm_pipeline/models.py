@@ -182,13 +182,19 @@ def build_scheduler(objective: dict, name: str | None = None) -> SchedulerMixin:
 def build_guider(name: str, guidance_scale: float):
     """A guider of `diffusers.guiders`, with or without "Guidance" at its end, such as "AdaptiveProjected".
 
+    That one gets the projection and the reverse momentum of its paper (arXiv:2410.02416); by Diffusers'
+    defaults it has neither and is classifier-free guidance with a threshold.
+
     Raises:
         ValueError: if there is none of this name, or it wants more than a scale.
     """
     from diffusers import guiders  # here, because older versions have none
 
     kind = getattr(guiders, f"{name.removesuffix('Guidance')}Guidance", None)
-    if kind is None or "guidance_scale" not in inspect.signature(kind.__init__).parameters:
+    taken = inspect.signature(kind.__init__).parameters if kind else {}
+    if "guidance_scale" not in taken:
         known = sorted(each.removesuffix("Guidance") for each in dir(guiders) if each.endswith("Guidance"))
         raise ValueError(f"no guider {name} that takes a scale; Diffusers has {', '.join(known)}")
-    return kind(guidance_scale=guidance_scale)
+    paper = {"eta": 0.0, "adaptive_projected_guidance_momentum": -0.75}
+    options = paper if paper.keys() <= taken.keys() else {}
+    return kind(guidance_scale=guidance_scale, **options)

@@ -16,7 +16,7 @@ from benchmarks.oracle import CASES, DEVIATION, MEAN, OBJECTIVES, GaussianOracle
 from benchmarks.oracle import sample as sample_oracle
 from ldm_pipeline import LDMPipeline, TrainingRecord, export_for_hub
 from ldm_pipeline.hub import COMPONENT_FILE, check_target
-from ldm_pipeline.models import build_scheduler
+from ldm_pipeline.models import build_guider, build_scheduler
 from ldm_pipeline.pipeline import Condition, Guidance, Objective, guided, noise_levels, set_timesteps
 from tests.test_loading import HOSTED, run
 from tests.test_pipeline import FLOW, NAMES, VP, generators, sample, tiny_pipe, tiny_unet
@@ -115,6 +115,19 @@ def test_settings_that_differ_in_nothing_are_one():
     assert len({str(each) for each in settings}) == len(settings) == 1 + 4 + 4 + 1
     assert str(settings[0]) == "UniPCMultistep, 9 steps, guidance 1"
     assert "autoguidance 2 from 0.2 to 0.8 rescaled 0.7" in str(settings[-2])
+
+
+def test_adaptive_projected_guidance_by_its_name_projects():
+    """Diffusers' defaults do not: below the threshold that guider is classifier-free guidance."""
+    guider = build_guider("AdaptiveProjected", 3.0)
+    prediction, null = torch.tensor([[3.0, 0.0]]), torch.tensor([[2.0, -1.0]])
+    guider.set_state(0, 9, 0)
+    states = guider.prepare_inputs({"x": (prediction, null)})
+    for state, value in zip(states, (prediction, null), strict=True):
+        guider.prepare_models(None)
+        state.noise_pred = value
+    # The part of the difference (1, 1) along the prediction is left out.
+    assert torch.allclose(guider(states).pred, null + 3.0 * torch.tensor([[0.0, 1.0]]))
 
 
 @pytest.mark.parametrize("case", CASES)
