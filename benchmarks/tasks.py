@@ -5,8 +5,8 @@
 
 The task is read from each pipeline. Baselines:
 
-- inpaint: the mean colour of what is known; latent blending (`known + noise` outside the hole in every step)
-  of `--unconditional`, a model without a task, with as many steps.
+- inpaint: the mean colour of what is known; `--unconditional`, a model without a task, which inpaints by
+  latent blending, with as many steps.
 - superres: nearest pixels; bicubic.
 - colorize: the grey picture; the mean colour that training pictures have at each brightness.
 - column: the condition itself; the training picture whose condition is nearest.
@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm_pipeline import LDMPipeline
-from ldm_pipeline.pipeline import Task, luminance, noise_levels, set_timesteps, to_pixels
+from ldm_pipeline.pipeline import Task, luminance, to_pixels
 from training.data.order import seeded_generator
 from training.data.tasks import draw_hole
 from training.evaluation.features import load_network
@@ -60,17 +60,6 @@ def holes(count: int, size: int, seed: int) -> Tensor:
     return torch.stack(drawn)
 
 
-def spread(images: Tensor, hole: Tensor) -> Tensor:
-    """Images `(N, 3, R, R)` whose hole is filled from its border inwards, by means of 3x3 pixels."""
-    images, known = images * ~hole, (~hole).float()
-    while not known.all():
-        near = F.avg_pool2d(known, 3, 1, 1, count_include_pad=False)
-        mean = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False) / near.clamp(min=1e-6)
-        new = (known == 0) & (near > 0)
-        images, known = torch.where(new, mean, images), known + new
-    return images
-
-
 def batched(function, count: int, size: int, name: str) -> Tensor:
     """`function` of all slices of `range(count)`, joined."""
     starts = tqdm(range(0, count, size), desc=name, mininterval=10)
@@ -82,28 +71,6 @@ def sample(pipe, part: slice, options: argparse.Namespace, **inputs) -> Tensor:
     generators = [seeded_generator("cpu", options.seed, index) for index in range(part.start, part.stop)]
     steps = {"num_inference_steps": options.num_inference_steps, "guidance_scale": 1.0}
     return pipe(generator=generators, output_type="pt", **steps, **inputs).images.float().cpu()
-
-
-@torch.no_grad()
-def blend(pipe, part: slice, images: Tensor, hole: Tensor, options: argparse.Namespace) -> Tensor:
-    """Latent blending: after each step, latents that are known give way to the picture's, noised alike.
-
-    As Diffusers inpaints by networks of four channels; for a pipeline that learned a flow.
-    """
-    images, hole = images[part], hole[part]
-    known = pipe.encode(spread(images, hole)).cpu()
-    free = F.max_pool2d(hole.float(), hole.shape[-1] // known.shape[-1]) > 0
-    generator = seeded_generator("cpu", options.seed, "blending", part.start)
-    noise = torch.randn(known.shape, generator=generator)
-    set_timesteps(pipe.scheduler, options.num_inference_steps)
-    levels = noise_levels(pipe.scheduler, pipe.objective)[1:] + [0.0]
-
-    def keep(_, step, __, values):
-        return {"latents": torch.where(free, values["latents"], known.lerp(noise, levels[step]))}
-
-    text = {"prompt": [""] * len(images)} if pipe.text_encoder is not None else {"batch_size": len(images)}
-    result = sample(pipe, part, options, latents=noise, callback_on_step_end=keep, **text)
-    return torch.where(hole, result, images)
 
 
 def colours(train: Tensor, images: Tensor) -> Tensor:
@@ -136,6 +103,14 @@ def measure(pipe, splits: datasets.DatasetDict, network, options: argparse.Names
         given = task.low_resolution(images, side)
     elif task.kind not in ("inpaint", "colorize"):
         raise SystemExit(f"no baselines for the task {task.config}")
+
+    def draw(drawing) -> Tensor:
+        def some_images(part: slice) -> Tensor:
+            masks = {"mask_image": hole[part].float()} if task.takes_mask else {}
+            return sample(drawing, part, options, image=given[part], **masks)
+
+        return batched(some_images, len(images), size, task.kind)
+
     results = {}
     if task.kind == "inpaint":
         mean = (images * ~hole).sum((2, 3), keepdim=True) / (~hole).sum((2, 3), keepdim=True)
@@ -143,9 +118,7 @@ def measure(pipe, splits: datasets.DatasetDict, network, options: argparse.Names
         if options.unconditional:
             other = LDMPipeline.from_pretrained(options.unconditional)
             other.set_progress_bar_config(disable=True)
-            results["latent blending, no training"] = batched(
-                lambda part: blend(other, part, images, hole, options), len(images), size, "blending"
-            )
+            results["latent blending, no training"] = draw(other)
     elif task.kind == "superres":
         results["nearest pixels"] = F.interpolate(given, side)
         results["bicubic"] = task.shown(given, side)
@@ -158,11 +131,7 @@ def measure(pipe, splits: datasets.DatasetDict, network, options: argparse.Names
         results["the condition itself"] = given
         results["picture of the nearest condition in training"] = learned()[found]
 
-    def draw(part: slice) -> Tensor:
-        masks = {"mask_image": hole[part].float()} if task.takes_mask else {}
-        return sample(pipe, part, options, image=given[part], **masks)
-
-    results["**trained**"] = batched(draw, len(images), size, task.kind)
+    results["**trained**"] = draw(pipe)
     autoencoded = batched(
         lambda part: pipe.decode(pipe.encode(images[part])).cpu(), len(images), size, "floor"
     )

@@ -365,6 +365,18 @@ def fit(images: torch.Tensor, size: Sequence[int], nearest: bool = False) -> tor
     return resize(centre(images, size), size, nearest)
 
 
+def fill(images: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
+    """Images (N, C, H, W) whose hole (N, 1, H, W) bool is filled from its border inwards, by means of 3x3
+    pixels; grey where all is hole. An autoencoder smears what is in a hole over what is beside it."""
+    known = (~hole | hole.all((1, 2, 3), keepdim=True)).float()
+    images = torch.where(hole, 0.5 * known, images)
+    while not known.all():
+        near, total = functional.avg_pool2d(known, 3, 1, 1), functional.avg_pool2d(images, 3, 1, 1)
+        new = (known == 0) & (near > 0)
+        images, known = torch.where(new, total / near.clamp(min=1e-6), images), known + new
+    return images
+
+
 def to_pixels(image, name: str = "image") -> list[torch.Tensor]:
     """Pictures of Pillow, arrays, tensors and lists of these as images (1 or 3, h, w), float32 in [0, 1].
 
@@ -669,6 +681,25 @@ def noise_levels(scheduler, objective: Objective) -> list[float]:
     return levels
 
 
+def noised(scheduler, family: str, i: int, t, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Clean latents with standard normal noise, as the scheduler has them before step i of its timesteps."""
+    alpha, sigma = scheduler_point(scheduler, family, i, t)
+    return (alpha * clean + sigma * noise) / (alpha if family in ("scaled", "edm") else 1)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pictures that sampling starts from.
+
+    clean: (N, C, h, w), their normalised latents; noise: standard normal, like them.
+    free: (N, 1, h, w) bool, latents that are repainted; all others stay. None: all are free.
+    """
+
+    clean: torch.Tensor
+    noise: torch.Tensor
+    free: torch.Tensor | None = None
+
+
 def set_timesteps(scheduler, num_inference_steps: int, timesteps=None, sigmas=None, device=None) -> None:
     """Choose the scheduler's steps, or those of a grid of one's own; ValueError where it takes none."""
     given = {"timesteps": timesteps, "sigmas": sigmas}
@@ -837,6 +868,7 @@ class LDMPipeline(DiffusionPipeline):
         callback_on_step_end=None,
         callback_on_step_end_tensor_inputs: tuple = ("latents",),
         eta: float = 0.0,
+        source: Source | None = None,
     ) -> torch.Tensor:
         """Step noisy latents to clean ones, (N, C, ...) float32; `__call__` has the other arguments.
 
@@ -845,6 +877,9 @@ class LDMPipeline(DiffusionPipeline):
             timesteps: `scheduler.timesteps` after `set_timesteps`, or the end of it: `timesteps[start:]`.
             condition: what the N images shall be.
             null: what they shall not be; guidance without a `guide` needs it.
+            source: from the middle of the timesteps, its noised latents take the place of `latents`
+                (SDEdit, arXiv:2108.01073). After every step, what is not free is put back, with the
+                same noise as at first (blended latent diffusion, arXiv:2206.02779).
 
         Raises:
             ValueError: for a scheduler that cannot sample this model or cannot start there, before the first
@@ -854,10 +889,13 @@ class LDMPipeline(DiffusionPipeline):
         begin = len(scheduler.timesteps) - len(timesteps)
         # PNDM counts through a fixed list of first steps; solvers of two stages need both of them.
         if begin and isinstance(scheduler, diffusers.PNDMScheduler) or begin % scheduler.order:
-            raise ValueError(f"{type(scheduler).__name__} cannot start at timesteps[{begin}:]")
+            name = type(scheduler).__name__
+            raise ValueError(f"{name} cannot start at timesteps[{begin}:], as a strength below 1 asks")
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)
         step_kwargs, dtype = self._step_kwargs(generator, eta), self.denoiser.dtype
+        if source is not None and begin:
+            latents = noised(scheduler, family, begin, timesteps[0], source.clean, source.noise)
         guider = guidance.guider
         if guider is not None:
             guider = prepare_guider(guider, latents, len(timesteps))
@@ -873,11 +911,23 @@ class LDMPipeline(DiffusionPipeline):
             with _suited(scheduler, family):
                 output = scheduler_prediction(scheduler, self.objective, begin + i, t, latents, network)
                 latents = scheduler.step(output, t, latents, **step_kwargs)[0]
+            if source is not None and source.free is not None:
+                latents = self._keep(source, latents, begin + i + 1, family)
             if callback_on_step_end is not None:
                 values = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
                 latents = (callback_on_step_end(self, i, t, values) or {}).get("latents", latents)
         _require_finite(latents, f"latents after {type(scheduler).__name__}", "unet", dtype)
         return latents
+
+    def _keep(self, source: Source, latents: torch.Tensor, i: int, family: str) -> torch.Tensor:
+        """Latents before step i, of the source where they are not free."""
+        scheduler = self.scheduler
+        if i == len(scheduler.timesteps):
+            return torch.where(source.free, latents, source.clean)
+        if i % scheduler.order:  # between the two stages of a step
+            return latents
+        known = noised(scheduler, family, i, scheduler.timesteps[i], source.clean, source.noise)
+        return torch.where(source.free, latents, known)
 
     @torch.no_grad()
     def __call__(
@@ -886,6 +936,7 @@ class LDMPipeline(DiffusionPipeline):
         class_labels=None,
         image=None,
         mask_image=None,
+        strength: float | None = None,
         batch_size: int | None = None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
@@ -914,10 +965,14 @@ class LDMPipeline(DiffusionPipeline):
         Args:
             prompt: a text, or a list of texts, one per image; for a model that takes text.
             class_labels: a name or a number, or a list of them, one per image; None is unconditional.
-            image: for a model of a task (`config.task`): a picture of Pillow, an array or tensor in [0, 1],
-                or a list of these, one per image; of any size, of which the centre is used.
+            image: what a model of a task (`config.task`) is made for; any other changes it (SDEdit,
+                arXiv:2108.01073). A picture of Pillow, an array or tensor in [0, 1], or a list of these, one
+                per image; of any size, of which the centre is used.
             mask_image: white where inpainting shall repaint, of the image's size. All other pixels of the
                 result are those of the image.
+            strength: for a model without a task, the noise level in (0, 1] up to which the image is noised:
+                the first of the scheduler's that is not above it. It means the same under every scheduler; 1
+                leaves nothing of the image. None: 0.6, or 1 with a mask.
             batch_size: number of images; by default that of prompts, labels, images, generators or latents,
                 or one.
             num_images_per_prompt: images of each prompt, label or image, one after the other.
@@ -948,7 +1003,7 @@ class LDMPipeline(DiffusionPipeline):
         negative = self._check_text(
             negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask, "negative_"
         )
-        pictures, masks = self._check_images(image, mask_image)
+        pictures, masks = self._check_images(image, mask_image, strength)
         inputs = {"prompt": text, "negative_prompt": negative, "class_labels": _as_list(class_labels)}
         inputs |= {"image": pictures, "mask_image": masks}
         others = {
@@ -967,15 +1022,22 @@ class LDMPipeline(DiffusionPipeline):
         try:
             condition = self._condition(inputs["prompt"], inputs["class_labels"], batch_size)
             null = self._condition(inputs["negative_prompt"], None, batch_size) if asked else condition
-            if self.task:
-                size = latent_shape(self.denoiser)[1:] if latents is None else latents.shape[-2:]
-                size = [side * downsampling(self.vae) for side in size]
-                concat, known, hole = self._image_condition(inputs["image"], inputs["mask_image"], size)
-                condition, null = (replace(each, concat=concat) for each in (condition, null))
             set_timesteps(self.scheduler, num_inference_steps, timesteps, sigmas, self._execution_device)
-            start = self._prepare_latents(latents, batch_size, generator), self.scheduler.timesteps
+            noise, begin, source = self._noise(latents, batch_size, generator), 0, None
+            if pictures:
+                size = [side * downsampling(self.vae) for side in noise.shape[-2:]]
+                pixels, hole = self._pixels(inputs["image"], inputs["mask_image"], size)
+                known = torch.cat([fit(each, size) for each in pixels])
+            if self.task:
+                concat = self._image_condition(pixels, hole, size)
+                condition, null = (replace(each, concat=concat) for each in (condition, null))
+            elif pictures:
+                begin = self._begin(strength or (1.0 if masks else 0.6))
+                source = self._source(known, hole, noise)
+            latents = noise * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+            start = latents, self.scheduler.timesteps[begin:], condition, null, guidance, generator
             callback = callback_on_step_end, callback_on_step_end_tensor_inputs
-            latents = self.denoise_latents(*start, condition, null, guidance, generator, *callback, eta)
+            latents = self.denoise_latents(*start, *callback, eta, source)
             if output_type == "latent":
                 images = latents
             else:
@@ -1087,23 +1149,29 @@ class LDMPipeline(DiffusionPipeline):
             condition = replace(condition, encoder_hidden_states=hidden, encoder_attention_mask=mask)
         return condition
 
-    def _check_images(self, image, mask_image) -> tuple[list | None, list | None]:
+    def _check_images(self, image, mask_image, strength) -> tuple[list | None, list | None]:
         """Images and masks as tensors (1 or 3, h, w); ValueError where they and the task do not fit."""
-        if self.task is None and (image is not None or mask_image is not None):
-            raise ValueError("this model takes no image; image editing comes with models of a task")
         if self.task is None:
-            return None, None
-        masked = self.task.takes_mask
-        if image is None or masked and mask_image is None:
-            wanted = "image and mask_image" if masked else "image"
-            missing = "image" if image is None else "mask_image"
-            raise ValueError(f"{missing} is missing: this model of the task {self.task.kind} wants {wanted}")
-        if mask_image is not None and not masked:
-            raise ValueError(f"mask_image is given, but the task {self.task.kind} takes none; leave it out")
-        return to_pixels(image), to_pixels(mask_image, "mask_image") if masked else None
+            if image is None and (mask_image is not None or strength is not None):
+                given = "strength" if mask_image is None else "mask_image"
+                raise ValueError(f"{given} is given, but no image; give one, or leave {given} out")
+            if strength is not None and not 0 < strength <= 1:
+                raise ValueError(f"strength={strength}; wanted a noise level above 0 and up to 1")
+        else:
+            masked, kind = self.task.takes_mask, self.task.kind
+            if image is None or masked and mask_image is None:
+                wanted = "image and mask_image" if masked else "image"
+                missing = "image" if image is None else "mask_image"
+                raise ValueError(f"{missing} is missing: this model of the task {kind} wants {wanted}")
+            if mask_image is not None and not masked:
+                raise ValueError(f"mask_image is given, but the task {kind} takes none; leave it out")
+            if strength is not None:
+                raise ValueError(f"strength={strength}, but the task {kind} takes none; leave it out")
+        masks = None if mask_image is None else to_pixels(mask_image, "mask_image")
+        return None if image is None else to_pixels(image), masks
 
-    def _image_condition(self, images: list, masks: list | None, size: list[int]) -> tuple:
-        """The condition's `concat` of N images, these at `size`, and their holes (N, 1, *size) or None."""
+    def _pixels(self, images: list, masks: list | None, size: list[int]) -> tuple:
+        """N images (1, C, h, w) as the autoencoder takes them, and their holes (N, 1, *size) bool or None."""
         for image, mask in zip(images, masks or images, strict=True):
             if mask.shape[-2:] != image.shape[-2:]:
                 found = tuple(mask.shape[-2:]), tuple(image.shape[-2:])
@@ -1113,20 +1181,41 @@ class LDMPipeline(DiffusionPipeline):
         images = [luminance(x) if channels == 1 else x.expand(-1, channels, -1, -1) for x in images]
         # A pixel is known only if all that it is made of are.
         holes = [centre(luminance(mask[None]) >= 0.5, size).float().to(device) for mask in masks or ()]
-        holes = [functional.adaptive_max_pool2d(hole, size) > 0 for hole in holes] or [None] * len(images)
-        shown = [self.task.shown(x, size, hole) for x, hole in zip(images, holes, strict=True)]
-        hole = torch.cat(holes) if masks else None
-        concat = self.task.concat(self.encode(torch.cat(shown)), hole)
-        return concat, torch.cat([fit(x, size) for x in images]), hole
+        holes = [functional.adaptive_max_pool2d(hole, size) > 0 for hole in holes]
+        return images, torch.cat(holes) if masks else None
 
-    def _prepare_latents(self, latents, batch_size: int, generator) -> torch.Tensor:
-        """(N, C, H, W) float32 of the deviation that the scheduler starts from."""
+    def _image_condition(self, images: list, hole: torch.Tensor | None, size: list[int]) -> torch.Tensor:
+        """The condition's `concat` of what `_pixels` gives."""
+        holes = [None] * len(images) if hole is None else hole.split(1)
+        shown = [self.task.shown(x, size, each) for x, each in zip(images, holes, strict=True)]
+        return self.task.concat(self.encode(torch.cat(shown)), hole)
+
+    def _source(self, images: torch.Tensor, hole: torch.Tensor | None, noise: torch.Tensor) -> Source:
+        """What sampling starts from: images (N, C, H, W), of which it keeps all but the hole (N, 1, H, W)."""
+        if hole is None:
+            return Source(self.encode(images), noise)
+        clean = self.encode(fill(images, hole))
+        return Source(clean, noise, functional.max_pool2d(hole.float(), downsampling(self.vae)) > 0)
+
+    def _begin(self, strength: float) -> int:
+        """Index of the first timestep whose noise level is not above `strength`."""
+        levels, order = noise_levels(self.scheduler, self.objective), self.scheduler.order
+        for i in range(0, len(levels), order):
+            if strength == 1 or levels[i] <= strength:
+                return i
+        raise ValueError(
+            f"strength={strength} is below the last noise level of the {-(-len(levels) // order)} steps, "
+            f"{levels[-1]:.3g}; raise it, or num_inference_steps"
+        )
+
+    def _noise(self, latents, batch_size: int, generator) -> torch.Tensor:
+        """Standard normal (N, C, H, W) float32, drawn or given."""
         shape, device = latent_shape(self.denoiser), self._execution_device
         if latents is None:
             latents = randn_tensor((batch_size, *shape), generator, device, torch.float32)
         elif latents.ndim != len(shape) + 1 or latents.shape[1] != shape[0]:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; wanted (N, {shape[0]}, H, W)")
-        return latents.to(device, torch.float32) * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+        return latents.to(device, torch.float32)
 
     def _step_kwargs(self, generator, eta: float) -> dict:
         taken = inspect.signature(self.scheduler.step).parameters

@@ -28,8 +28,9 @@ from ldm_pipeline.pipeline import (
     SCHEDULERS,
     Condition,
     Objective,
+    Source,
+    noise_levels,
     scheduler_family,
-    scheduler_point,
     set_timesteps,
 )
 
@@ -99,31 +100,38 @@ def test_options_that_contradict_each_other_are_stepped_with_what_can_be_compute
 
 @pytest.mark.parametrize("case", CASES)
 def test_from_the_middle_of_its_timesteps(case):
-    """A clean latent, noised as the scheduler has it at a step, comes back as one of the data."""
+    """Noised latents of the data come back as latents of the data; without randomness, as the exact ones."""
     objective = OBJECTIVES["flow" if "flow" in case else "epsilon"]
     pipe = oracle_pipeline(objective, build(case), size=8)
-    set_timesteps(pipe.scheduler, 60)
     scheduler, condition = pipe.scheduler, Condition()
-    begin = 20 * scheduler.order
-    timesteps, family = scheduler.timesteps[begin:], scheduler_family(scheduler, pipe.objective)
-    if case.startswith("PNDM"):
-        with pytest.raises(ValueError, match=r"PNDMScheduler cannot start at timesteps\[20:\]"):
-            pipe.denoise_latents(standard_noise(4, 8), timesteps, condition)
-        return
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(begin)
-    alpha, sigma = scheduler_point(scheduler, family, begin, timesteps[0])
     clean, noise = standard_noise(16, 8, seed=1), standard_noise(16, 8, seed=2)
     noise = noise - clean * (clean * noise).mean((0, 2, 3), keepdim=True)  # exactly uncorrelated
     noise = noise / noise.std((0, 2, 3), keepdim=True)
-    noisy = alpha * (MEAN + DEVIATION * clean).float() + sigma * noise
-    scale = alpha if family in ("scaled", "edm") else 1  # these have clean + sigma * noise
-    generator = torch.Generator().manual_seed(0)
-    latents = pipe.denoise_latents(noisy / scale, timesteps, condition, generator=generator)
+    source = Source((MEAN + DEVIATION * clean).float(), noise.float())
+
+    def draw(begin, seed=0):
+        set_timesteps(scheduler, 60)
+        generator = torch.Generator().manual_seed(seed)
+        timesteps = scheduler.timesteps[begin:]
+        return pipe.denoise_latents(noise, timesteps, condition, generator=generator, source=source)
+
+    begin = 20 * scheduler.order
+    if case.startswith("PNDM"):
+        with pytest.raises(ValueError, match=r"PNDMScheduler cannot start at timesteps\[20:\]"):
+            draw(begin)
+        return
+    latents = draw(begin)
     assert max(map(abs, errors(latents))) < 22
+    if torch.equal(draw(begin, seed=1), latents):  # probability flow from one Gaussian to the other
+        set_timesteps(scheduler, 60)
+        tau = noise_levels(scheduler, pipe.objective)[begin]
+        noisy = (1 - tau) * source.clean + tau * source.noise
+        exact = (noisy - (1 - tau) * MEAN) / torch.sqrt(((1 - tau) * DEVIATION) ** 2 + tau**2)
+        wrong = (latents - MEAN) / DEVIATION - exact
+        assert wrong.square().mean().sqrt() < 0.25
     if scheduler.order == 2:
         with pytest.raises(ValueError, match="cannot start at"):
-            pipe.denoise_latents(noisy, scheduler.timesteps[begin + 1 :], condition)
+            draw(begin + 1)
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_superres_end_to_end(tiny_run, tmp_path, monkeypatch):
     cached = conditions.of(indices)
     items = torch.stack([TaskImages(pipe.task, data, "train")[i, False]["image"] for i in indices.tolist()])
     low = pipe.task.low_resolution(items, (16, 16))
-    concat, *_ = pipe._image_condition(list(low), None, [16, 16])
+    concat = pipe._image_condition(*pipe._pixels(list(low), None, [16, 16]), [16, 16])
     torch.testing.assert_close(cached, concat, rtol=2e-3, atol=5e-3)  # float16 on disk
     live = pipe.task.concat(pipe.encode(shown(pipe.task, {"image": items})))
     torch.testing.assert_close(live, concat, rtol=1e-4, atol=1e-4)
