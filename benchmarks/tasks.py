@@ -12,7 +12,7 @@ The task is read from each pipeline. Baselines:
 - column: the condition itself; the training picture whose condition is nearest.
 
 "FD" is the Frechet distance of the results' features to those of the originals; all other figures are means
-over pictures. Each grid has columns of conditions, baselines, model and originals.
+over pictures. Each grid has columns of conditions, baselines, model and originals; its rows are pictures.
 """
 
 import argparse
@@ -150,7 +150,8 @@ def measure(pipe, splits: datasets.DatasetDict, network, options: argparse.Names
         lines.append(f"| {name} | {' | '.join(f'{value:.3f}' for value in figures.values())} |")
     print(f"\n{task.config}, {len(images)} pictures of {options.split}\n\n| result | {' | '.join(figures)} |")
     print("|---|" + "---|" * len(figures), *lines, sep="\n", flush=True)
-    shown = [task.shown(given, side, hole), *list(results.values())[:-1], images]
+    holed = [task.shown(given, side, hole)] if task.takes_mask else []  # else a baseline is the condition
+    shown = [*holed, *list(results.values())[:-1], images]
     page = torch.stack([column[:GRID_ROWS] for column in shown], 1).flatten(0, 1)
     save_grid(page * 2 - 1, options.grids / f"{task.kind}.png", columns=len(shown))
 
