@@ -21,22 +21,20 @@ def levels_of(pipe, steps):
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("PNDM")])
 def test_a_strength_is_the_same_noise_under_every_scheduler(case):
     pipe = oracle_pipeline(OBJECTIVES["flow" if "flow" in case else "epsilon"], build(case))
-    levels, order = levels_of(pipe, 30), pipe.scheduler.order
+    levels, order = levels_of(pipe, 12), pipe.scheduler.order
     begin = pipe._begin(0.5)
     assert levels[begin] <= 0.5 < levels[begin - order] and begin % order == 0 and pipe._begin(1.0) == 0
-    with pytest.raises(ValueError, match="strength=1e-06 is below the last noise level of the 30 steps"):
+    with pytest.raises(ValueError, match="strength=1e-06 is below the last noise level of the 12 steps"):
         pipe._begin(1e-6)
 
 
 def test_more_strength_leaves_less_of_the_picture():
     pipe = tiny_pipe()
-    original = sample(pipe, image=PICTURE, strength=0.05, num_inference_steps=40, generator=generators(0))
     latents = pipe.encode(torch.from_numpy(np.array(PICTURE)).permute(2, 0, 1)[None] / 255)
-    assert original.shape == (1, 3, 16, 16)
-    options = {"image": PICTURE, "num_inference_steps": 40, "output_type": "latent"}
+    options = {"image": PICTURE, "num_inference_steps": 20, "output_type": "latent"}
     far = [
         (sample(pipe, strength=strength, generator=generators(0), **options) - latents).square().mean().item()
-        for strength in (0.05, 0.2, 0.5, 0.9)
+        for strength in (0.1, 0.3, 0.6, 0.9)
     ]
     assert far == sorted(far) and far[0] < 0.1 * far[-1]
     default, named = (
