@@ -88,21 +88,41 @@ def nearest(train: Tensor, conditions: Tensor) -> Tensor:
     return torch.cat([torch.cdist(part, train.flatten(1)).argmin(1) for part in parts])
 
 
+def baselines(task: Task, given: Tensor, images: Tensor, hole: Tensor | None, train) -> dict[str, Tensor]:
+    """Results `(N, 3, R, R)` in [0, 1] by name, of what is `given` for `images`.
+
+    Args:
+        train: f(column or None) -> training pictures `(M, 3, R, R)` of a column, None of the images.
+    """
+    if task.kind == "inpaint":
+        mean = (images * ~hole).sum((2, 3), keepdim=True) / (~hole).sum((2, 3), keepdim=True)
+        return {"mean colour of what is known": torch.where(hole, mean, images)}
+    if task.kind == "superres":
+        size = images.shape[-2:]
+        return {"nearest pixels": F.interpolate(given, size), "bicubic": task.shown(given, size)}
+    if task.kind == "colorize":
+        grey = luminance(images).expand_as(images)
+        return {"grey": grey, "mean colour at each brightness": colours(train(None), images)}
+    if task.kind == "column":
+        found = train(None)[nearest(train(task.config["column"]), given)]
+        return {"the condition itself": given, "picture of the nearest condition in training": found}
+    raise SystemExit(f"no baselines for the task {task.config}")
+
+
 def measure(pipe, splits: datasets.DatasetDict, network, options: argparse.Namespace) -> None:
     """Print the table of a model and write its grid."""
-    task, size = Task(pipe.config.task), options.batch_size
-    held, train = splits[options.split], splits["train"]
-    rows = some(held, options.limit, "rows")
-    images = read(held, options.image_column, rows)
+    task, held, size = pipe.task, splits[options.split], options.batch_size
+    rows, learned = some(held, options.limit, "rows"), some(splits["train"], options.train, "train")
+    images = given = read(held, options.image_column, rows)
     side = images.shape[-2:]
     hole = holes(len(images), side[0], options.seed) if task.takes_mask else None
-    given, learned = images, lambda: read(train, options.image_column, some(train, options.train, "train"))
     if task.kind == "column":
         given = read(held, task.config["column"], rows)
     elif task.kind == "superres":
         given = task.low_resolution(images, side)
-    elif task.kind not in ("inpaint", "colorize"):
-        raise SystemExit(f"no baselines for the task {task.config}")
+
+    def train(column: str | None) -> Tensor:
+        return read(splits["train"], column or options.image_column, learned)
 
     def draw(drawing) -> Tensor:
         def some_images(part: slice) -> Tensor:
@@ -111,26 +131,9 @@ def measure(pipe, splits: datasets.DatasetDict, network, options: argparse.Names
 
         return batched(some_images, len(images), size, task.kind)
 
-    results = {}
-    if task.kind == "inpaint":
-        mean = (images * ~hole).sum((2, 3), keepdim=True) / (~hole).sum((2, 3), keepdim=True)
-        results["mean colour of what is known"] = torch.where(hole, mean, images)
-        if options.unconditional:
-            other = LDMPipeline.from_pretrained(options.unconditional)
-            other.set_progress_bar_config(disable=True)
-            results["latent blending, no training"] = draw(other)
-    elif task.kind == "superres":
-        results["nearest pixels"] = F.interpolate(given, side)
-        results["bicubic"] = task.shown(given, side)
-    elif task.kind == "colorize":
-        results["grey"] = luminance(images).expand_as(images)
-        results["mean colour at each brightness"] = colours(learned(), images)
-    else:
-        chosen = some(train, options.train, "train")
-        found = nearest(read(train, task.config["column"], chosen), given)
-        results["the condition itself"] = given
-        results["picture of the nearest condition in training"] = learned()[found]
-
+    results = baselines(task, given, images, hole, train)
+    if task.takes_mask and options.unconditional:
+        results["latent blending, no training"] = draw(load(options.unconditional))
     results["**trained**"] = draw(pipe)
     autoencoded = batched(
         lambda part: pipe.decode(pipe.encode(images[part])).cpu(), len(images), size, "floor"
@@ -156,6 +159,13 @@ def measure(pipe, splits: datasets.DatasetDict, network, options: argparse.Names
     save_grid(page * 2 - 1, options.grids / f"{task.kind}.png", columns=len(shown))
 
 
+def load(source: str) -> LDMPipeline:
+    """A pipeline without progress bars of its own."""
+    pipe = LDMPipeline.from_pretrained(source)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("dataset", help="data set or folder")
@@ -179,9 +189,7 @@ def main():
     splits, network = datasets.load_dataset(options.dataset), load_network(options.features)
     with torch.no_grad():
         for name in options.pipelines:
-            pipe = LDMPipeline.from_pretrained(name)
-            pipe.set_progress_bar_config(disable=True)
-            measure(pipe, splits, network, options)
+            measure(load(name), splits, network, options)
 
 
 if __name__ == "__main__":

@@ -320,20 +320,27 @@ class Task:
         """The condition (N, channels, h, w), from the latents (N, C, h, w) of what is `shown`.
 
         Args:
-            hole: (N, 1, H, W) bool for inpainting. A latent is known only if all of its pixels are.
+            hole: (N, 1, H, W) bool for inpainting.
             level: (N,) in [0, 1), the deviation of the noise that superres has in its latents, against what
                 an autoencoder makes of foreign small images (arXiv:2106.15282); None is 0.
             noise: standard normal like `latents`, if there is a level.
         """
         if self.kind == "inpaint":
-            factor = hole.shape[-1] // latents.shape[-1]
-            return torch.cat([latents, functional.max_pool2d(hole.to(latents.dtype), factor)], 1)
+            return torch.cat([latents, unknown_latents(hole, latents).to(latents.dtype)], 1)
         if self.kind == "superres":
             level = latents.new_zeros(len(latents)) if level is None else level
             level = per_image(level, latents)
             noisy = latents if noise is None else (1 - level**2).sqrt() * latents + level * noise
             return torch.cat([noisy, level.expand_as(latents[:, :1])], 1)
         return latents
+
+
+def unknown_latents(hole: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """The hole (N, 1, h, w) bool in latents (N, C, h, w), of a hole in pixels, (N, 1, H, W) bool.
+
+    A latent is known only if all of its pixels are.
+    """
+    return functional.max_pool2d(hole.float(), hole.shape[-1] // latents.shape[-1]) > 0
 
 
 def luminance(images: torch.Tensor) -> torch.Tensor:
@@ -1191,17 +1198,16 @@ class LDMPipeline(DiffusionPipeline):
         return self.task.concat(self.encode(torch.cat(shown)), hole)
 
     def _source(self, images: torch.Tensor, hole: torch.Tensor | None, noise: torch.Tensor) -> Source:
-        """What sampling starts from: images (N, C, H, W), of which it keeps all but the hole (N, 1, H, W)."""
+        """The source of images (N, C, H, W), of which sampling keeps all but the hole (N, 1, H, W) bool."""
         if hole is None:
             return Source(self.encode(images), noise)
-        clean = self.encode(fill(images, hole))
-        return Source(clean, noise, functional.max_pool2d(hole.float(), downsampling(self.vae)) > 0)
+        return Source(self.encode(fill(images, hole)), noise, unknown_latents(hole, noise))
 
     def _begin(self, strength: float) -> int:
         """Index of the first timestep whose noise level is not above `strength`."""
         levels, order = noise_levels(self.scheduler, self.objective), self.scheduler.order
         for i in range(0, len(levels), order):
-            if strength == 1 or levels[i] <= strength:
+            if levels[i] <= strength:
                 return i
         raise ValueError(
             f"strength={strength} is below the last noise level of the {-(-len(levels) // order)} steps, "
