@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, ModelMixin
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ldm_pipeline import pipeline
 from ldm_pipeline.pipeline import check_weights, denormalize_latents, forget_local_path
@@ -96,6 +97,10 @@ def _folder(source: str, download) -> Path:
     """The local folder `source`, or what `download()` fetches of this id of the Hub; errors name `source`."""
     if Path(source).is_dir():
         return Path(source)
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        raise FileNotFoundError(f"{source} is no local folder, and no id of the Hub (org/name)") from None
     try:
         return Path(download())
     except (OSError, ValueError) as error:

@@ -186,6 +186,14 @@ def test_from_the_cache_of_the_hub(saved, tmp_path, monkeypatch):
     assert load_autoencoder("org/vae").config._name_or_path == "org/vae"
 
 
+@pytest.mark.parametrize("source", ["/no/such/model", "./model", "runs/cats/pipeline"])
+@pytest.mark.parametrize("load", [LDMPipeline.from_pretrained, load_autoencoder])
+def test_a_missing_folder_is_not_asked_of_the_hub(load, source):
+    with pytest.raises(FileNotFoundError, match=f"^{source} is no local folder, and no id") as error:
+        load(source)
+    assert error.value.__cause__ is None and "\n" not in str(error.value)
+
+
 def pictures_equal(pipe, expected):
     return np.array_equal(draw(pipe), expected)
 
