@@ -58,7 +58,7 @@ def export_for_hub(
     Args:
         pipe: a pipeline, or the folder of one.
         repo_id, license, title, dataset, source_url: see `ldm_pipeline.render_card`.
-        record: what is known of the training. It is published as it is; in a checkout,
+        record: facts of the training. It is published as it is; in a checkout,
             `training.runtime.record.read_record` makes one of a run folder, without paths of the machine.
 
     Returns:

@@ -249,7 +249,7 @@ class DenoiserConfig(OptimizationConfig):
     enhance: blurred, small, noisy and compressed. column:NAME: the picture in another column of the data,
     such as a sketch or a depth map; palette pictures and those of few colours keep their edges."""
     prediction_type: Literal["epsilon", "v_prediction", "flow_prediction"] = "flow_prediction"
-    """What the network predicts: the noise, velocity (arXiv:2202.00512) or flow (arXiv:2209.03003)."""
+    """Target of the network: the noise, velocity (arXiv:2202.00512) or flow (arXiv:2209.03003)."""
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = option(
         "linear", ignored_if=("prediction_type", "flow_prediction")
     )
@@ -323,7 +323,7 @@ class EvaluationConfig:
     """Shares of the deviation that guidance adds and rescaling takes back (arXiv:2305.08891). Default: the
     pipeline's own."""
     guidance_kinds: list[str] = free([], ignored_if=("num_samples", 0))
-    """What guides: classifier_free; autoguidance, where there is a `guide_unet`; or a guider of Diffusers,
+    """Kinds of guidance: classifier_free; autoguidance, if there is a `guide_unet`; or a guider of Diffusers,
     such as AdaptiveProjected, at every noise level and without rescaling. Default: the pipeline's own."""
     save_best: bool = free(False, ignored_if=("num_samples", 0))
     """Store the best setting of a sweep as the default of the run's pipeline."""
@@ -513,7 +513,7 @@ def command_line(*stages: str) -> Config:
     """The configuration of this process's command line; exits with code 2 for what its user can mend.
 
     Args:
-        stages: what this script does. Default: all.
+        stages: stages that this script runs. Default: all.
     """
     try:
         return parse_config(stages=stages)

@@ -193,7 +193,7 @@ def encode_shards(run: Run, autoencoder: nn.Module, cache: Cache) -> None:
 
 
 def _own_share(run: Run, missing: list[Item], title: str) -> Iterator[Item]:
-    """Those of the missing shards that this process writes, one per round; all processes call this."""
+    """Missing shards that this process writes, one per round; all processes call this."""
     accelerator = run.accelerator
     accelerator.wait_for_everyone()  # all processes have the same list before the first shard is written
     rounds = range(0, len(missing), accelerator.num_processes)

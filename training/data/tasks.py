@@ -1,4 +1,4 @@
-"""Tasks in training: what a user would give at the call, made of the images; all that is random in it.
+"""Tasks in training: arguments of a call, made of the images, with all that is random in them.
 
 Masks, degradations and noise are functions of (seed, step, row of the global batch): N processes and a
 resumed run draw the same.

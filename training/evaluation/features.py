@@ -45,7 +45,7 @@ class FeatureNetwork(nn.Module):
     Args:
         name: its name in tables.
         module: takes the output of `prepare`; returns features `(N, D)`, or these and class logits `(N, K)`.
-        resize: how `prepare` scales images, in words.
+        resize: method by which `prepare` scales images, in words.
         prepare: a function of float32 images `(N, 3, R, R)` in [0, 1]; by default they stay as they are.
         source: further bytes that the features depend on; hashed with the weights into `sha256`.
     """

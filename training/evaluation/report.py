@@ -1,4 +1,4 @@
-"""How metrics were measured, and the report that is printed at the end of a run."""
+"""Protocol of the metrics, and the report that is printed at the end of a run."""
 
 import platform
 from datetime import date

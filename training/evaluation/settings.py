@@ -1,4 +1,4 @@
-"""How samples are drawn: scheduler, steps and guidance, and what they cost."""
+"""Settings of sampling: scheduler, steps and guidance, and their cost in network evaluations."""
 
 import copy
 from dataclasses import dataclass

@@ -26,7 +26,7 @@ def configured_settings(
 ) -> list[SamplingSettings]:
     """All combinations of schedulers, steps, and scales, kinds, intervals and rescaling of guidance.
 
-    Those that differ in nothing but the guidance which scale 1 switches off are one.
+    Settings that differ only in a guidance which scale 1 switches off are one.
 
     Args:
         own: the pipeline's own settings, for what the options leave out.

@@ -33,7 +33,7 @@ def _decibels(squares: Tensor) -> Tensor:
 
 
 def task_errors(task: Task, samples: Tensor, originals: Tensor, hole: Tensor | None) -> dict[str, Tensor]:
-    """How far samples `(N, C, H, W)` of a task are from the originals, in [-1, 1] both: `(N,)` by name.
+    """Errors `(N,)`, by name, of a task's samples `(N, C, H, W)` against the originals, both in [-1, 1].
 
     For inpainting PSNR (dB) and mean absolute error (of 0 to 1) in the hole `(N, 1, H, W)` alone; else PSNR,
     and for superres also that of the images at low resolution, which the model was given.

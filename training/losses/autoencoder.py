@@ -117,7 +117,7 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def generator_loss(discriminator: nn.Module, reconstruction: Tensor) -> Tensor:
-    """How real the discriminator finds the reconstruction, negated; no gradient reaches the discriminator."""
+    """Mean logit of the reconstruction, negated; no gradient reaches the discriminator."""
     parameters = {name: p.detach() for name, p in discriminator.named_parameters()}
     return -torch.func.functional_call(discriminator, parameters, reconstruction).mean()
 

@@ -1,4 +1,4 @@
-"""The denoiser's objective: what is predicted, at which timesteps, and with which weight."""
+"""The denoiser's objective: its target, its timesteps and the weight of each."""
 
 from dataclasses import replace
 
@@ -72,7 +72,7 @@ def denoising_errors(
     """Mean squared error of the prediction per image, `(N,)`, and the path's alpha and sigma, `(N,)` each.
 
     Args:
-        objective: what the network predicts, and its path.
+        objective: the target of the network, and its path.
         clean: normalised latents `(N, C, ...)`.
         noise: standard normal, like `clean`.
         timesteps: `(N,)` in [0, 1000].
@@ -125,7 +125,7 @@ class DenoisingLoss(nn.Module):
 
     @property
     def networks(self) -> nn.Module:
-        """What samples are drawn with: the denoiser alone, or "unet" and "text_encoder"."""
+        """Networks that samples are drawn with: the denoiser alone, or "unet" and "text_encoder"."""
         if self.text_encoder is None:
             return self.unet
         return nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})

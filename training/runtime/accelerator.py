@@ -88,7 +88,7 @@ def choose_precision(setting: str, device: str) -> str:
 
 
 def cpu_capabilities() -> dict:
-    """What torch knows of the processor; nothing, if it is too old to tell."""
+    """Properties of the processor as torch reports them; empty where torch is too old to report."""
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 

@@ -24,7 +24,7 @@ def prepare(
 
     Args:
         trained: the networks with their loss.
-        networks: those that are also called by themselves, to sample; the denoiser first.
+        networks: parts of `trained` that are also called alone, to sample; the denoiser first.
         optimizer: of `trained`; under FSDP it follows the parameters to their shards.
 
     Raises:

@@ -55,7 +55,7 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes."""
+        """Device of this process."""
         return self.accelerator.device
 
     def done(self, stage: str) -> dict | None:
