@@ -41,7 +41,7 @@ class Sampler:
     Args:
         labels: classes `(N,)` of the images whose proportions samples have; None: all classes equally.
         captions: of the same images, for a pipeline that takes text.
-        examples: what the model of a task is given, made of the same images.
+        examples: inputs of the model of a task, made of the same images.
     """
 
     pipeline: LDMPipeline
@@ -54,7 +54,7 @@ class Sampler:
 
     @property
     def device(self) -> torch.device:
-        """Where this process samples."""
+        """Device of this process."""
         return self.accelerator.device
 
     def class_labels(self, indices) -> Tensor | None:
@@ -72,7 +72,7 @@ class Sampler:
         return [self.captions[row] for row in self._rows(indices, len(self.captions)).tolist()]
 
     def given(self, indices) -> dict[str, Tensor]:
-        """What a call gets for images by number: "image", perhaps "mask_image"; nothing without a task."""
+        """Arguments of a call for images by number: "image", perhaps "mask_image"; empty without a task."""
         if self.examples is None:
             return {}
         rows = zip(self._originals(indices), indices, strict=True)
@@ -90,8 +90,10 @@ class Sampler:
         """The errors `(n,)` of a task's samples, uint8 `(n, C, H, W)`, by name; see `task_errors`."""
         if self.examples is None:
             return {}
-        samples, hole = samples.cpu().float() / 127.5 - 1, self.given(indices).get("mask_image")
-        return task_errors(self.pipeline.task, samples, self.originals(indices), hole)
+        task = self.pipeline.task
+        given = self.given(indices) if task.kind == "inpaint" else {}  # the originals and their holes
+        originals = given["image"] * 2 - 1 if given else self.originals(indices)
+        return task_errors(task, samples.cpu().float() / 127.5 - 1, originals, given.get("mask_image"))
 
     def _rows(self, indices, count: int) -> Tensor:
         """Images `(n,)`, of `count`, whose conditions some samples have, in the proportions of the labels.
