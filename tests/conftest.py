@@ -2,8 +2,10 @@
 
 import os
 import shutil
-import subprocess
+import socket
 import sys
+from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from filelock import FileLock
 from fork_server import ROOT, Child, environment
 
 TINY = ROOT / "training" / "configs" / "tiny.yaml"
+LAUNCHER = find_spec("accelerate").submodule_search_locations[0] + "/commands/launch.py"
 
 
 def pytest_configure(config):
@@ -29,23 +32,49 @@ def start(script: str | Path, *options, config: Path = TINY, **more) -> Child:
     return Child(script, "--config", config, *options, **more)
 
 
-def launch(script: str | Path, *options, processes: int = 0, config: Path = TINY, check: bool = True, **more):
-    """Run a training script to its end, offline: forked, or by `processes` under `accelerate launch`.
+def launch(
+    script: str | Path,
+    *options,
+    ranks: int = 1,
+    processes: int = 0,
+    config: Path = TINY,
+    check: bool = True,
+    **more,
+) -> Child:
+    """Run a training script to its end, offline; returns its finished process, of several the first.
 
-    Returns a finished process with returncode, stdout and stderr.
+    Args:
+        ranks: forked processes, each with the environment that `torchrun` gives it.
+        processes: of their own, under `accelerate launch`, whose process is returned; 0: forked ones.
+        check: whether anything but success fails the test.
+        more: as for `Child`.
     """
     if processes:
-        finished = subprocess.run(
-            command(script, *options, processes=processes, config=config),
-            **{"capture_output": True, "text": True, "env": environment(), "timeout": 600, **more},
-        )
+        arguments = command(script, *options, processes=processes, config=config)
+        children = [Child(LAUNCHER, *arguments[3:], **more)]
+    elif ranks > 1:
+        children = [start(script, *options, config=config, env=env, **more) for env in environments(ranks)]
     else:
-        finished = start(script, *options, config=config, **more)
-        finished.wait(600)
+        children = [start(script, *options, config=config, **more)]
+    with ExitStack() as stack:
+        for child in children:
+            stack.enter_context(child)
+        for child in children:
+            child.wait(600)
+            if check:
+                assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-6000:]
     if check:
-        assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-6000:]
-        assert f"{processes or 1} x cpu" in finished.stdout
-    return finished
+        assert f"{processes or ranks} x cpu" in children[0].stdout
+    return children[0]
+
+
+def environments(ranks: int) -> list[dict[str, str]]:
+    """The environments of processes that `torchrun` starts."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    numbers = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return [environment() | rendezvous | numbers | each for each in own]
 
 
 def command(script: str | Path, *options, processes: int, config: Path = TINY) -> list[str]:

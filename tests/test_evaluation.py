@@ -83,7 +83,7 @@ def test_metrics_come_with_their_protocol(straight):
 
 
 def test_two_processes_generate_the_samples_of_one(straight, tiny_run, tmp_path):
-    results, _ = evaluate(tiny_run / "pipeline", tmp_path, "--evaluation.save_samples", "npz", processes=2)
+    results, _ = evaluate(tiny_run / "pipeline", tmp_path, "--evaluation.save_samples", "npz", ranks=2)
     # With the hash of all samples.
     assert results["samples"]["protocol"] == straight[0]["samples"]["protocol"]
     # The features are float32 sums, whose order depends on threads and on how memory is aligned.

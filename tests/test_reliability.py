@@ -254,7 +254,7 @@ def test_a_log_that_is_continued_has_the_lines_of_a_straight_one(tmp_path):
     assert untimed("straight")[3]["skipped"] == 1 and untimed("straight")[3]["loss"] == pytest.approx(6**0.5)
 
 
-def test_a_step_that_is_not_finite_is_not_applied(tmp_path):
+def test_a_step_that_is_not_finite_is_not_applied(tiny_run, tmp_path):
     """Noise that is NaN in two steps: they are counted and skipped; and in all steps: the run stops."""
     prepare = """
 import training.train_denoiser as module
@@ -265,8 +265,9 @@ def damaged(run, latents, captions, step):
         batch["noise"][3] = float("nan")
     return batch
 module.random_batch = damaged"""
-    run = tmp_path / "run"
-    train(run, prepare=code(prepare.format(steps=[1, 6])))
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    train = partial(launch, "train_ldm.py", "--output_dir", run, "--evaluation.num_samples=0")
+    train("--redo=[denoiser]", prepare=code(prepare.format(steps=[1, 6])))
     skipped = {line["step"]: line["skipped"] for line in lines(run, "denoiser") if "skipped" in line}
     assert skipped == {2: 1, 8: 1}
     for path in run.rglob("*.safetensors"):
@@ -274,15 +275,15 @@ module.random_batch = damaged"""
     optimizer = load_file(run / "denoiser" / "checkpoint-12" / "optimizer.safetensors")
     assert {value.item() for name, value in optimizer.items() if name.endswith(".step")} == {10.0}
 
-    longer = "--denoiser.max_steps=40"
-    stopped = train(run, longer, check=False, prepare=code(prepare.format(steps="range(14, 40)")))
+    longer = "--denoiser.max_steps=24"
+    stopped = train(longer, check=False, prepare=code(prepare.format(steps="range(14, 24)")))
     assert stopped.returncode == 2 and "Traceback" not in stopped.stderr
     for part in ("from step 14 on", "mixed_precision no", "checkpoint-16", "images of step 14: ["):
         assert part in stopped.stderr, stopped.stderr
     good = load_file(run / "denoiser" / "checkpoint-16" / "ema.safetensors")
     assert all(value.isfinite().all() for value in good.values())
-    train(run, longer)  # and from there it goes on
-    assert (run / "pipeline" / "model_index.json").exists()
+    train(longer)  # and from there it goes on
+    assert lines(run, "denoiser")[-1]["step"] == 24 and (run / "pipeline" / "model_index.json").exists()
 
 
 def test_an_error_of_one_process_ends_all_with_its_message(tmp_path):
