@@ -4,10 +4,11 @@ import copy
 import inspect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import diffusers
 import numpy as np
@@ -187,6 +188,11 @@ class Condition:
         """This condition with `null` where `mask` (N,) bool is true (arXiv:2207.12598, algorithm 1)."""
         return self._combine(null, lambda own, nothing: torch.where(per_image(mask, own), nothing, own))
 
+    def __getitem__(self, rows: torch.Tensor) -> "Condition":
+        """The conditions of some of the images."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return Condition(**{name: value[rows] for name, value in given.items()})
+
     def join(self, other: "Condition") -> "Condition":
         """One doubled batch: this condition, then `other`."""
         return self._combine(other, lambda own, others: torch.cat([own, others]))
@@ -326,7 +332,7 @@ class Task:
             noise: standard normal like `latents`, if there is a level.
         """
         if self.kind == "inpaint":
-            return torch.cat([latents, unknown_latents(hole, latents).to(latents.dtype)], 1)
+            return torch.cat([latents, latent_mask(hole.to(latents), latents)], 1)
         if self.kind == "superres":
             level = latents.new_zeros(len(latents)) if level is None else level
             level = per_image(level, latents)
@@ -335,12 +341,12 @@ class Task:
         return latents
 
 
-def unknown_latents(hole: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """The hole (N, 1, h, w) bool in latents (N, C, h, w), of a hole in pixels, (N, 1, H, W) bool.
+def latent_mask(mask: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """The mask (N, 1, h, w) of latents (N, C, h, w), of a mask of pixels, (N, 1, H, W) in [0, 1].
 
-    A latent is known only if all of its pixels are.
+    The largest value of its pixels, as a latent is known only if all of them are.
     """
-    return functional.max_pool2d(hole.float(), hole.shape[-1] // latents.shape[-1]) > 0
+    return functional.max_pool2d(mask, mask.shape[-1] // latents.shape[-1])
 
 
 def luminance(images: torch.Tensor) -> torch.Tensor:
@@ -358,18 +364,25 @@ def resize(images: torch.Tensor, size: Sequence[int], nearest: bool = False) -> 
     return functional.interpolate(images, tuple(size), mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def centre(images: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """The largest part around the centre of images (N, C, h, w) that has the shape of `size`."""
+def frame(images: torch.Tensor, size: Sequence[int], mode: str = "crop") -> torch.Tensor:
+    """Images (N, C, h, w) in the shape of `size`, not yet resized.
+
+    mode: "crop" takes the largest part around the centre, "pad" continues the pixels of the border.
+    """
     height, width = images.shape[-2:]
-    scale = min(height / size[0], width / size[1])
+    scale = (max if mode == "pad" else min)(height / size[0], width / size[1])
     new_height, new_width = (round(side * scale) for side in size)
+    if mode == "pad":
+        top, left = (new_height - height) // 2, (new_width - width) // 2
+        sides = left, new_width - width - left, top, new_height - height - top
+        return functional.pad(images, sides, mode="replicate")
     top, left = (height - new_height) // 2, (width - new_width) // 2
     return images[..., top : top + new_height, left : left + new_width]
 
 
 def fit(images: torch.Tensor, size: Sequence[int], nearest: bool = False) -> torch.Tensor:
     """Images (N, C, h, w) in [0, 1] as (N, C, *size): their centre, resized."""
-    return resize(centre(images, size), size, nearest)
+    return resize(frame(images, size), size, nearest)
 
 
 def fill(images: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
@@ -520,6 +533,43 @@ def _combine(guider, states: list, cleans: list, noisy: torch.Tensor, tau: float
         state.noise_pred = ((noisy - clean) / tau).flatten(1) if on_velocity else clean
     combined = guider(states).pred
     return noisy - tau * combined.view_as(noisy) if on_velocity else combined
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Known linear measurements of pictures that are drawn: `measure` of them shall give `wanted`.
+
+    measure: linear function of images (N, C, H, W), as they are decoded, to (N, ...).
+    wanted: (N, ...), its values.
+    weight: length of the steps towards them; see `observed`.
+    """
+
+    measure: Callable
+    wanted: torch.Tensor
+    weight: float = 3.0
+
+
+def observed(
+    objective: Objective, observation: Observation, network, decode, noisy, point: tuple, steps: int
+) -> torch.Tensor:
+    """A network's prediction, led by the gradient of an observation's error (arXiv:2209.14687, algorithm 1).
+
+    What that paper subtracts after a step is subtracted from the clean latents before it, so that solvers of
+    several steps know of it: tau * steps times as much, as a step takes clean latents by 1 / (tau * steps).
+
+    network: f(noisy, time, alpha, sigma); point: (time, alpha, sigma), on the path of `objective`.
+    decode: latents to images, with gradients.
+    steps: of the whole way from noise.
+    """
+    _, alpha, sigma = point
+    tau = sigma / (alpha + sigma)
+    with torch.enable_grad():
+        noisy = noisy.detach().requires_grad_()
+        clean, _ = objective.clean_and_noise(network(noisy, *point), noisy, alpha, sigma)
+        error = (observation.measure(decode(clean)) - observation.wanted).flatten(1).norm(dim=1)
+        gradient = torch.autograd.grad(error.sum(), noisy)[0] * (alpha + sigma)
+    noisy, clean = noisy.detach(), clean.detach() - observation.weight * tau * steps * gradient
+    return objective.target(clean, (noisy - alpha * clean) / sigma, alpha, sigma)
 
 
 def prepare_guider(guider, latents: torch.Tensor, steps: int):
@@ -688,6 +738,11 @@ def noise_levels(scheduler, objective: Objective) -> list[float]:
     return levels
 
 
+def first_latents(scheduler, noise: torch.Tensor) -> torch.Tensor:
+    """Standard normal noise as the scheduler has it before its first step, after `set_timesteps`."""
+    return noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+
 def noised(scheduler, family: str, i: int, t, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Clean latents with standard normal noise, as the scheduler has them before step i of its timesteps."""
     alpha, sigma = scheduler_point(scheduler, family, i, t)
@@ -699,7 +754,8 @@ class Source:
     """Pictures that sampling starts from.
 
     clean: (N, C, h, w), their normalised latents; noise: standard normal, like them.
-    free: (N, 1, h, w) bool, latents that are repainted; all others stay. None: all are free.
+    free: (N, 1, h, w) in [0, 1], the noise level below which each latent is repainted: at 1 from noise, at 0
+        it stays (arXiv:2306.00950). None: all are free.
     """
 
     clean: torch.Tensor
@@ -808,6 +864,12 @@ class LDMPipeline(DiffusionPipeline):
         return self.unet
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images of training."""
+        _, *sides = latent_shape(self.denoiser)
+        return (self.vae.config.in_channels, *(side * downsampling(self.vae) for side in sides))
+
+    @property
     def guidance_scale(self) -> float:
         """The scale of the running or last call; a callback may set `_guidance_scale` for the next steps."""
         return self._guidance_scale
@@ -855,13 +917,25 @@ class LDMPipeline(DiffusionPipeline):
         encoded = self.vae.encode(images, return_dict=False)[0]
         return normalize_latents(self.vae, encoded if torch.is_tensor(encoded) else encoded.mode())
 
+    def to_latents(self, image) -> torch.Tensor:
+        """Pictures, as a call takes them, of any size to normalised latents (N, C, h, w)."""
+        pictures = to_pixels(image)
+        if not pictures:
+            raise ValueError("image is an empty list; wanted one picture or more")
+        images, _ = self._pixels(pictures, None, self.image_shape[1:], "crop")
+        return self.encode(torch.cat([resize(each, self.image_shape[1:]) for each in images]))
+
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised latents (N, C, h, w) to images (N, 1 or 3, H, W) in [0, 1]; ValueError if not finite."""
-        latents = denormalize_latents(self.vae, latents).to(self.vae.dtype)
-        images = self.vae.decode(latents, return_dict=False)[0].float()
+        images = self._decode(latents)
         _require_finite(images, "images after the decoder", "vae", self.vae.dtype)
-        return (images / 2 + 0.5).clamp(0, 1)
+        return images.clamp(0, 1)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Normalised latents to images that may leave [0, 1], with gradients."""
+        latents = denormalize_latents(self.vae, latents).to(self.vae.dtype)
+        return self.vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5
 
     @torch.no_grad()
     def denoise_latents(
@@ -876,6 +950,7 @@ class LDMPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: tuple = ("latents",),
         eta: float = 0.0,
         source: Source | None = None,
+        observation: Observation | None = None,
     ) -> torch.Tensor:
         """Step noisy latents to clean ones, (N, C, ...) float32; `__call__` has the other arguments.
 
@@ -885,8 +960,9 @@ class LDMPipeline(DiffusionPipeline):
             condition: what the N images shall be.
             null: what they shall not be; guidance without a `guide` needs it.
             source: from the middle of the timesteps, its noised latents take the place of `latents`
-                (SDEdit, arXiv:2108.01073). After every step, what is not free is put back, with the
+                (SDEdit, arXiv:2108.01073). After every step, what is not yet free is put back, with the
                 same noise as at first (blended latent diffusion, arXiv:2206.02779).
+            observation: measurements of the pictures that sampling is led to; see `observed`.
 
         Raises:
             ValueError: for a scheduler that cannot sample this model or cannot start there, before the first
@@ -912,11 +988,16 @@ class LDMPipeline(DiffusionPipeline):
             now = replace(guidance, scale=self._guidance_scale, guider=guider)
             return guided(self.objective, self.denoiser, noisy, point, condition, null, now, dtype)
 
+        def led(noisy, *point):
+            steps = len(scheduler.timesteps)
+            return observed(self.objective, observation, network, self._decode, noisy, point, steps)
+
         for i, t in enumerate(self.progress_bar(timesteps)):
             if guider is not None:
                 guider.set_state(i, len(timesteps), t)
             with _suited(scheduler, family):
-                output = scheduler_prediction(scheduler, self.objective, begin + i, t, latents, network)
+                f = led if observation else network
+                output = scheduler_prediction(scheduler, self.objective, begin + i, t, latents, f)
                 latents = scheduler.step(output, t, latents, **step_kwargs)[0]
             if source is not None and source.free is not None:
                 latents = self._keep(source, latents, begin + i + 1, family)
@@ -927,14 +1008,16 @@ class LDMPipeline(DiffusionPipeline):
         return latents
 
     def _keep(self, source: Source, latents: torch.Tensor, i: int, family: str) -> torch.Tensor:
-        """Latents before step i, of the source where they are not free."""
-        scheduler = self.scheduler
-        if i == len(scheduler.timesteps):
-            return torch.where(source.free, latents, source.clean)
-        if i % scheduler.order:  # between the two stages of a step
+        """Latents before step i, of the source where the last step was above the noise level of the free."""
+        scheduler, last = self.scheduler, i == len(self.scheduler.timesteps)
+        start = i - scheduler.order if not last else (i - 1) // scheduler.order * scheduler.order
+        if i % scheduler.order and not last:  # between the two stages of a step
             return latents
-        known = noised(scheduler, family, i, scheduler.timesteps[i], source.clean, source.noise)
-        return torch.where(source.free, latents, known)
+        alpha, sigma = scheduler_point(scheduler, family, start, scheduler.timesteps[start])
+        known = source.clean
+        if not last:
+            known = noised(scheduler, family, i, scheduler.timesteps[i], source.clean, source.noise)
+        return torch.where(source.free < sigma / (alpha + sigma), known, latents)
 
     @torch.no_grad()
     def __call__(
@@ -944,6 +1027,10 @@ class LDMPipeline(DiffusionPipeline):
         image=None,
         mask_image=None,
         strength: float | None = None,
+        method: Literal["blend", "gradient"] = "blend",
+        height: int | None = None,
+        width: int | None = None,
+        resize_mode: Literal["crop", "pad"] = "crop",
         batch_size: int | None = None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
@@ -974,12 +1061,20 @@ class LDMPipeline(DiffusionPipeline):
             class_labels: a name or a number, or a list of them, one per image; None is unconditional.
             image: what a model of a task (`config.task`) is made for; any other changes it (SDEdit,
                 arXiv:2108.01073). A picture of Pillow, an array or tensor in [0, 1], or a list of these, one
-                per image; of any size, of which the centre is used.
-            mask_image: white where inpainting shall repaint, of the image's size. All other pixels of the
-                result are those of the image.
+                per image, of any size.
+            mask_image: white where inpainting shall repaint, of the image's size. Black pixels of the result
+                are those of the image. A model without a task repaints grey by strength: up to the noise
+                level that it says, from 0 (black) to 1 (white), and mixed as much with the image. Below 0.05
+                and above 0.95 count as black and white.
             strength: for a model without a task, the noise level in (0, 1] up to which the image is noised:
                 the first of the scheduler's that is not above it. It means the same under every scheduler; 1
                 leaves nothing of the image. None: 0.6, or 1 with a mask.
+            method: of inpainting without a task. "blend": the known latents are put back after every step.
+                "gradient": every step is led to the known pixels (`observed`), through network and decoder:
+                three times the time, and more memory.
+            height, width: in pixels; None: those of the training.
+            resize_mode: how an image of another shape becomes one of height and width: "crop" takes its
+                centre, "pad" continues its border.
             batch_size: number of images; by default that of prompts, labels, images, generators or latents,
                 or one.
             num_images_per_prompt: images of each prompt, label or image, one after the other.
@@ -1010,7 +1105,7 @@ class LDMPipeline(DiffusionPipeline):
         negative = self._check_text(
             negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask, "negative_"
         )
-        pictures, masks = self._check_images(image, mask_image, strength)
+        pictures, masks = self._check_images(image, mask_image, strength, method, resize_mode)
         inputs = {"prompt": text, "negative_prompt": negative, "class_labels": _as_list(class_labels)}
         inputs |= {"image": pictures, "mask_image": masks}
         others = {
@@ -1030,26 +1125,29 @@ class LDMPipeline(DiffusionPipeline):
             condition = self._condition(inputs["prompt"], inputs["class_labels"], batch_size)
             null = self._condition(inputs["negative_prompt"], None, batch_size) if asked else condition
             set_timesteps(self.scheduler, num_inference_steps, timesteps, sigmas, self._execution_device)
-            noise, begin, source = self._noise(latents, batch_size, generator), 0, None
+            noise = self._noise(latents, batch_size, generator, height, width)
+            begin, source, observation, mask = 0, None, None, None
             if pictures:
                 size = [side * downsampling(self.vae) for side in noise.shape[-2:]]
-                pixels, hole = self._pixels(inputs["image"], inputs["mask_image"], size)
-                known = torch.cat([fit(each, size) for each in pixels])
+                pixels, mask = self._pixels(inputs["image"], inputs["mask_image"], size, resize_mode)
+                known = torch.cat([resize(each, size) for each in pixels])
             if self.task:
-                concat = self._image_condition(pixels, hole, size)
+                mask = None if mask is None else (mask >= 0.5).float()
+                concat = self._image_condition(pixels, mask, size)
                 condition, null = (replace(each, concat=concat) for each in (condition, null))
             elif pictures:
                 begin = self._begin(strength or (1.0 if masks else 0.6))
-                source = self._source(known, hole, noise)
-            latents = noise * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+                source, observation = self._source(known, mask, noise, method)
+            latents = first_latents(self.scheduler, noise)
             start = latents, self.scheduler.timesteps[begin:], condition, null, guidance, generator
             callback = callback_on_step_end, callback_on_step_end_tensor_inputs
-            latents = self.denoise_latents(*start, *callback, eta, source)
+            latents = self.denoise_latents(*start, *callback, eta, source, observation)
             if output_type == "latent":
                 images = latents
             else:
                 images = self.decode(latents)
-                images = self._output(torch.where(hole, images, known) if masks else images, output_type)
+                images = images if mask is None else torch.lerp(known, images, mask)
+                images = self.to_output(images, output_type)
         finally:
             self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -1156,8 +1254,17 @@ class LDMPipeline(DiffusionPipeline):
             condition = replace(condition, encoder_hidden_states=hidden, encoder_attention_mask=mask)
         return condition
 
-    def _check_images(self, image, mask_image, strength) -> tuple[list | None, list | None]:
+    def _check_images(
+        self, image, mask_image, strength, method: str, resize_mode: str
+    ) -> tuple[list | None, list | None]:
         """Images and masks as tensors (1 or 3, h, w); ValueError where they and the task do not fit."""
+        if resize_mode not in ("crop", "pad"):
+            raise ValueError(f"resize_mode={resize_mode!r}; wanted 'crop' or 'pad'")
+        if method != "blend" and (method != "gradient" or self.task or mask_image is None):
+            raise ValueError(
+                f"method={method!r}; wanted 'blend', or 'gradient' with an image and a mask_image, for a "
+                "model without a task"
+            )
         if self.task is None:
             if image is None and (mask_image is not None or strength is not None):
                 given = "strength" if mask_image is None else "mask_image"
@@ -1177,8 +1284,9 @@ class LDMPipeline(DiffusionPipeline):
         masks = None if mask_image is None else to_pixels(mask_image, "mask_image")
         return None if image is None else to_pixels(image), masks
 
-    def _pixels(self, images: list, masks: list | None, size: list[int]) -> tuple:
-        """N images (1, C, h, w) as the autoencoder takes them, and their holes (N, 1, *size) bool or None."""
+    def _pixels(self, images: list, masks: list | None, size: list[int], resize_mode: str) -> tuple:
+        """N images (1, C, h, w) as the autoencoder takes them, in the shape of `size` (height, width), and
+        their masks (N, 1, *size) in [0, 1] or None."""
         for image, mask in zip(images, masks or images, strict=True):
             if mask.shape[-2:] != image.shape[-2:]:
                 found = tuple(mask.shape[-2:]), tuple(image.shape[-2:])
@@ -1186,22 +1294,31 @@ class LDMPipeline(DiffusionPipeline):
         device, channels = self._execution_device, self.vae.config.in_channels
         images = [each[None].to(device) for each in images]
         images = [luminance(x) if channels == 1 else x.expand(-1, channels, -1, -1) for x in images]
-        # A pixel is known only if all that it is made of are.
-        holes = [centre(luminance(mask[None]) >= 0.5, size).float().to(device) for mask in masks or ()]
-        holes = [functional.adaptive_max_pool2d(hole, size) > 0 for hole in holes]
-        return images, torch.cat(holes) if masks else None
+        images = [frame(each, size, resize_mode) for each in images]
+        if masks is None:
+            return images, None
+        masks = [frame(luminance(each[None].to(device)), size, resize_mode) for each in masks]
+        # A pixel is known only as well as the least known that it is made of.
+        mask = torch.cat([functional.adaptive_max_pool2d(each, size) for each in masks])
+        return images, torch.where(mask > 0.95, 1, torch.where(mask < 0.05, 0, mask))
 
-    def _image_condition(self, images: list, hole: torch.Tensor | None, size: list[int]) -> torch.Tensor:
-        """The condition's `concat` of what `_pixels` gives."""
-        holes = [None] * len(images) if hole is None else hole.split(1)
+    def _image_condition(self, images: list, mask: torch.Tensor | None, size: list[int]) -> torch.Tensor:
+        """The condition's `concat` of what `_pixels` gives; the mask is 0 or 1."""
+        holes = [None] * len(images) if mask is None else (mask > 0).split(1)
         shown = [self.task.shown(x, size, each) for x, each in zip(images, holes, strict=True)]
-        return self.task.concat(self.encode(torch.cat(shown)), hole)
+        return self.task.concat(self.encode(torch.cat(shown)), mask)
 
-    def _source(self, images: torch.Tensor, hole: torch.Tensor | None, noise: torch.Tensor) -> Source:
-        """The source of images (N, C, H, W), of which sampling keeps all but the hole (N, 1, H, W) bool."""
-        if hole is None:
-            return Source(self.encode(images), noise)
-        return Source(self.encode(fill(images, hole)), noise, unknown_latents(hole, noise))
+    def _source(
+        self, images: torch.Tensor, mask: torch.Tensor | None, noise: torch.Tensor, method: str
+    ) -> tuple[Source, Observation | None]:
+        """Source and observation for images (N, C, H, W), of which sampling keeps what the mask
+        (N, 1, H, W) in [0, 1] says."""
+        if mask is None:
+            return Source(self.encode(images), noise), None
+        clean, known = self.encode(fill(images, mask == 1)), 1 - mask
+        if method == "gradient":
+            return Source(clean, noise), Observation(lambda drawn: drawn * known, images * known)
+        return Source(clean, noise, latent_mask(mask, noise)), None
 
     def _begin(self, strength: float) -> int:
         """Index of the first timestep whose noise level is not above `strength`."""
@@ -1214,13 +1331,22 @@ class LDMPipeline(DiffusionPipeline):
             f"{levels[-1]:.3g}; raise it, or num_inference_steps"
         )
 
-    def _noise(self, latents, batch_size: int, generator) -> torch.Tensor:
-        """Standard normal (N, C, H, W) float32, drawn or given."""
-        shape, device = latent_shape(self.denoiser), self._execution_device
+    def _noise(self, latents, batch_size: int, generator, height=None, width=None) -> torch.Tensor:
+        """Standard normal (N, C, H, W) float32, drawn for images of height and width in pixels, or given."""
+        (channels, *sides), device = latent_shape(self.denoiser), self._execution_device
         if latents is None:
-            latents = randn_tensor((batch_size, *shape), generator, device, torch.float32)
-        elif latents.ndim != len(shape) + 1 or latents.shape[1] != shape[0]:
-            raise ValueError(f"latents has shape {tuple(latents.shape)}; wanted (N, {shape[0]}, H, W)")
+            # A U-Net halves its latents once less than it has widths.
+            pixels, halved = downsampling(self.vae), 2 ** (len(self.denoiser.config.block_out_channels) - 1)
+            for i, (name, side) in enumerate({"height": height, "width": width}.items()):
+                if side is not None and (side < 1 or side % (pixels * halved)):
+                    raise ValueError(f"{name}={side}; wanted a multiple of {pixels * halved}, in pixels")
+                sides[i] = sides[i] if side is None else side // pixels
+            latents = randn_tensor((batch_size, channels, *sides), generator, device, torch.float32)
+        elif latents.ndim != 4 or latents.shape[1] != channels or height or width:
+            given = f" with height={height} and width={width}" if height or width else ""
+            raise ValueError(
+                f"latents has shape {tuple(latents.shape)}{given}; wanted (N, {channels}, H, W) alone"
+            )
         return latents.to(device, torch.float32)
 
     def _step_kwargs(self, generator, eta: float) -> dict:
@@ -1230,7 +1356,8 @@ class LDMPipeline(DiffusionPipeline):
         given = {"eta": eta, "generator": generator, "return_dict": False}
         return {name: value for name, value in given.items() if name in taken}
 
-    def _output(self, images: torch.Tensor, output_type: str):
+    def to_output(self, images: torch.Tensor, output_type: str):
+        """Images (N, 1 or 3, H, W) in [0, 1] as `output_type` of a call says: "pil", "np" or "pt"."""
         if output_type == "pt":
             return images
         images = images.permute(0, 2, 3, 1).cpu().numpy()  # (N, H, W, 1 or 3)

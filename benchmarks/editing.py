@@ -1,0 +1,285 @@
+"""Editing operations of a trained class-conditional model on held-out pictures, beside what does without it.
+
+    python benchmarks/editing.py runs/digits --features digits
+
+- inpaint: the right half, or a random box, by latent blending, by the gradient, by `--inpaint`, a model that
+  was trained for it, and by a plain blending written here, whose scheduler is Euler's and whose hole is grey.
+- restore: x2 and x4 super-resolution and colorization by the gradient, beside bicubic and grey pictures.
+- edit: another class by image to image (SDEdit), inversion and FlowEdit, at several strengths.
+- shift: the direction between two classes.
+- classify: the diffusion classifier.
+
+"FD" is the Frechet distance of features to those of the originals, "read" the share that the network's logits
+put into the class asked for; errors are of pixels in [0, 1]. Seconds are per picture.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm_pipeline import LDMPipeline, editing
+from ldm_pipeline.pipeline import resize
+from training.config import parse_config
+from training.data.images import load_images
+from training.data.order import seeded_generator
+from training.evaluation.features import load_network
+from training.evaluation.metrics import FrechetDistance
+from training.evaluation.plots import save_grid, to_uint8
+
+OPERATIONS = ("inpaint", "restore", "edit", "shift", "classify")
+GRID_ROWS = 8
+
+
+class Bench:
+    """The model, held-out pictures (N, C, H, W) in [0, 1] with their classes (N,), and their judge."""
+
+    def __init__(self, options: argparse.Namespace):
+        config = parse_config(["--config", str(options.run / "config.yaml")], stages=())
+        data = load_images(config.data)
+        self.options, self.pipe = options, load(str(options.run / "pipeline"))
+        self.network = load_network(options.features)
+        held = data.held_out
+        order = torch.randperm(len(held), generator=seeded_generator("cpu", "rows"))
+        rows = order[: options.limit].tolist()
+        self.images = torch.stack([held[row, False]["images"] for row in rows]) / 2 + 0.5
+        self.labels = held.labels[rows]
+        self.real = self.judge(self.images)
+        self.distance = FrechetDistance(self.real["features"])
+
+    def judge(self, images: Tensor) -> dict[str, Tensor]:
+        """Features and logits of images in [0, 1]."""
+        parts = [self.network(to_uint8(part * 2 - 1)) for part in images.split(100)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def generators(self, start: int, count: int) -> list:
+        return [seeded_generator("cpu", self.options.seed, start + index) for index in range(count)]
+
+    def draw(self, function: Callable) -> tuple[Tensor, float]:
+        """`function` of the slices of all pictures and their generators, joined; and seconds per picture."""
+        began, size, parts = time.perf_counter(), self.options.batch_size, []
+        for start in range(0, len(self.images), size):
+            part = slice(start, start + size)
+            parts.append(function(part, self.generators(start, len(self.images[part]))).float().cpu())
+        return torch.cat(parts), (time.perf_counter() - began) / len(self.images)
+
+    def read(self, images: Tensor, labels: Tensor) -> float:
+        return (self.judge(images)["logits"].argmax(1) == labels).float().mean().item()
+
+
+def load(source: str) -> LDMPipeline:
+    """A pipeline without progress bars."""
+    pipe = LDMPipeline.from_pretrained(source)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def table(title: str, columns: list[str], rows: list[list]) -> None:
+    """Print a table of Markdown."""
+    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|---|{'---|' * (len(columns) - 1)}")
+    for name, *values in rows:
+        print(
+            f"| {name} | {' | '.join(v if isinstance(v, str) else f'{v:.3g}' for v in values)} |", flush=True
+        )
+
+
+def grid(bench: Bench, name: str, columns: list[Tensor]) -> None:
+    """One row per picture, one column per result."""
+    page = torch.stack([column[:GRID_ROWS] for column in columns], 1).flatten(0, 1)
+    save_grid(page * 2 - 1, bench.options.grids / f"{name}.png", columns=len(columns))
+
+
+def plain_blending(
+    pipe, images: Tensor, hole: Tensor, labels: list[int], steps: int, generators: list
+) -> Tensor:
+    """Blended latent diffusion as most codes have it: Euler's steps, a grey hole, noise drawn anew."""
+    clean = pipe.encode(torch.where(hole, 0.5, images))
+    free = torch.nn.functional.interpolate(hole.float(), clean.shape[-2:]) > 0.5
+    condition = editing.make_condition(pipe, labels, len(images))
+    noise = torch.stack([torch.randn(clean.shape[1:], generator=each) for each in generators])
+    latents = noise
+    for step in range(steps):
+        tau, following = 1 - step / steps, 1 - (step + 1) / steps
+        latents = latents + (following - tau) * editing.velocity(pipe, latents, tau, condition)
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=each) for each in generators])
+        latents = torch.where(free, latents, (1 - following) * clean + following * noise)
+    return torch.where(hole, pipe.decode(latents), images)
+
+
+def inpaint(bench: Bench) -> None:
+    side, count = bench.images.shape[-1], len(bench.images)
+    half = torch.zeros(count, 1, side, side, dtype=torch.bool)
+    half[..., side // 2 :] = True
+    box = torch.zeros_like(half)
+    for index in range(count):
+        top, left = torch.randint(
+            0, side // 2, (2,), generator=seeded_generator("cpu", "box", index)
+        ).tolist()
+        box[index, :, top : top + side // 2, left : left + side // 2] = True
+    trained = load(bench.options.inpaint) if bench.options.inpaint else None
+    for name, hole in {"half": half, "box": box}.items():
+        inpaint_hole(bench, name, hole, trained)
+
+
+def inpaint_hole(bench: Bench, name: str, hole: Tensor, trained) -> None:
+    pipe, images, labels = bench.pipe, bench.images, bench.labels
+    steps = bench.options.num_inference_steps
+
+    def call(model, part, generators, **more):
+        more |= {"class_labels": labels[part].tolist()} if model is pipe else {}
+        more |= {"image": images[part], "mask_image": hole[part].float(), "output_type": "pt"}
+        return model(generator=generators, guidance_scale=1.0, num_inference_steps=steps, **more).images
+
+    def plain(part, generators):
+        return plain_blending(pipe, images[part], hole[part], labels[part].tolist(), steps, generators)
+
+    def autoencoded(part, generators):
+        return torch.where(hole[part], pipe.decode(pipe.encode(images[part])), images[part])
+
+    methods = {"plain latent blending": plain, "blend": lambda *given: call(pipe, *given)}
+    methods["gradient"] = lambda *given: call(pipe, *given, method="gradient")
+    if trained:
+        methods["trained for it"] = lambda *given: call(trained, *given)
+    methods["the original through the autoencoder"] = autoencoded
+    rows, shown = [], []
+    for key, function in methods.items():
+        drawn, seconds = bench.draw(function)
+        error = ((drawn - images).abs() * hole).sum() / (hole.sum() * images.shape[1])
+        fd = bench.distance(bench.judge(drawn)["features"])
+        rows.append([key, fd, bench.read(drawn, labels), error.item(), seconds])
+        shown.append(drawn)
+    title = f"inpainting of the {name}, {len(images)} pictures, {steps} evaluations each"
+    table(title, ["method", "FD", "read", "error in the hole", "seconds"], rows)
+    grid(bench, f"inpaint_{name}", [torch.where(hole, 0.5, images), *shown, images])
+
+
+def restore(bench: Bench) -> None:
+    pipe, images, options = bench.pipe, bench.images, bench.options
+    size, columns = images.shape[-2:], []
+    for name in ("downscale:2", "downscale:4", "grey"):
+        if name == "grey" and images.shape[1] == 1:
+            continue
+        measure = editing.operator(name)
+        given = measure(images).clamp(0, 1)
+        naive = given.expand_as(images) if name == "grey" else resize(given, size)
+
+        def restored(part, generators, name=name, given=given):
+            more = {"num_inference_steps": options.restore_steps, "condition": bench.labels[part].tolist()}
+            return editing.restore(pipe, given[part], name, generator=generators, output_type="pt", **more)
+
+        results = {"grey" if name == "grey" else "bicubic": (naive, 0.0)}
+        results["restore"] = bench.draw(restored)
+        rows = []
+        for key, (drawn, seconds) in results.items():
+            psnr = -10 * (drawn - images).square().flatten(1).mean(1).log10().mean()
+            consistency = (measure(drawn) - given).square().mean().sqrt()
+            fd, right = bench.distance(bench.judge(drawn)["features"]), bench.read(drawn, bench.labels)
+            rows.append([key, fd, right, psnr.item(), consistency.item(), seconds])
+        title = f"{name}, {len(images)} pictures, {options.restore_steps} evaluations each"
+        table(title, ["result", "FD", "read", "PSNR", "error of the degraded", "seconds"], rows)
+        columns += [naive, results["restore"][0]]
+    grid(bench, "restore", [*columns, images])
+
+
+def edit(bench: Bench) -> None:
+    pipe, images, options = bench.pipe, bench.images, bench.options
+    number = len(pipe.config.id2label or {}) or 10
+    source, target = bench.labels, (bench.labels + 1) % number
+    steps, rows, shown = options.num_inference_steps, [], []
+    scale = options.guidance_scale
+
+    def image_to_image(strength, part, g):
+        more = {"num_inference_steps": round(steps / strength), "guidance_scale": scale}
+        more |= {"class_labels": target[part].tolist(), "generator": g, "output_type": "pt"}
+        return pipe(image=images[part], strength=strength, **more).images
+
+    def by(method, strength, part, g):
+        more = {"strength": strength, "num_inference_steps": steps // 2, "generator": g}
+        more |= {"guidance_scale": scale, "output_type": "pt", "method": method}
+        return editing.edit(pipe, images[part], source[part].tolist(), target[part].tolist(), **more)
+
+    methods = {"image to image": image_to_image}
+    methods |= {name: partial(by, name) for name in ("inversion", "flowedit")}
+    for key, function in methods.items():
+        for strength in options.strengths:
+            drawn, seconds = bench.draw(partial(function, strength))
+            distance = (drawn - images).square().flatten(1).mean(1).sqrt().mean().item()
+            rows.append([key, f"{strength:g}", bench.read(drawn, target), distance, seconds])
+            shown.append(drawn)
+    title = (
+        f"from each class to the next, {len(images)} pictures, {steps} evaluations each, guidance {scale:g}"
+    )
+    table(title, ["method", "strength", "read as the target", "distance from the source", "seconds"], rows)
+    grid(bench, "edit", [images, *shown])
+
+
+def shift(bench: Bench) -> None:
+    pipe, images, options = bench.pipe, bench.images, bench.options
+    rows, shown = [], []
+    for number in range(3):
+        negative, positive = number, number + 1
+        drawn = [
+            pipe(
+                class_labels=label, batch_size=64, generator=bench.generators(0, 64), output_type="pt"
+            ).images
+            for label in (positive, negative)
+        ]
+        way = editing.direction(pipe, *drawn, num_inference_steps=options.num_inference_steps // 2)
+        own = images[bench.labels == negative]
+        for amount in (0.0, 0.5, 1.0, 1.5):
+            moved = editing.shift(pipe, own, way, amount, output_type="pt").cpu()
+            right = bench.read(moved, torch.full((len(own),), positive))
+            distance = (moved - own).square().flatten(1).mean(1).sqrt().mean().item()
+            rows.append([f"{negative} to {positive}", f"{amount:g}", right, distance])
+            shown.append(moved)
+    table("directions between classes", ["direction", "amount", "read as the target", "distance"], rows)
+    smallest = min(len(each) for each in shown)
+    grid(bench, "shift", [each[:smallest] for each in shown])
+
+
+def classify(bench: Bench) -> None:
+    pipe, options = bench.pipe, bench.options
+    candidates = list(range(len(pipe.config.id2label or {}) or 10))
+    count, rows = min(options.classified, len(bench.images)), []
+    for samples, keep in (((4,), ()), ((16,), ()), ((4, 16, 64), (5, 2))):
+        began = time.perf_counter()
+        ranks = editing.classify(
+            pipe, bench.images[:count], candidates, samples, keep, seeded_generator("cpu", options.seed)
+        )
+        right = sum(
+            rank.candidates[0] == int(label) for rank, label in zip(ranks, bench.labels, strict=False)
+        )
+        seconds = (time.perf_counter() - began) / count
+        rows.append([f"samples {samples}, keep {keep}", ranks[0].evaluations, right / count, seconds])
+    table(f"classifier, {count} pictures", ["rounds", "evaluations", "accuracy", "seconds"], rows)
+    print(f"\nthe network itself reads {bench.read(bench.images[:count], bench.labels[:count]):.3f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="run folder of a class-conditional model")
+    parser.add_argument("--features", required=True, help="network with logits, as of --evaluation.features")
+    parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS)
+    parser.add_argument("--inpaint", help="pipeline folder of the task inpaint")
+    parser.add_argument("--limit", type=int, default=300, help="held-out pictures, at most")
+    parser.add_argument("--classified", type=int, default=100, help="pictures to classify, at most")
+    parser.add_argument("--num_inference_steps", type=int, default=20)
+    parser.add_argument("--restore_steps", type=int, default=50)
+    parser.add_argument("--guidance_scale", type=float, default=2.0)
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.4, 0.6, 0.8, 0.95])
+    parser.add_argument("--batch_size", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--grids", type=Path, default=Path("."), help="folder of the grids")
+    options = parser.parse_args()
+    options.grids.mkdir(parents=True, exist_ok=True)
+    bench = Bench(options)
+    for name in options.operations:
+        globals()[name](bench)
+
+
+if __name__ == "__main__":
+    main()

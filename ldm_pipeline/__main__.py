@@ -1,0 +1,158 @@
+"""Draw and edit with a model from the command line: `python -m ldm_pipeline COMMAND MODEL [PICTURE ...]`.
+
+Options have the names of the Python arguments. Pictures are written as PNG, with the command that made them
+in the text "parameters".
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ldm_pipeline import LDMPipeline, editing
+
+COMMANDS = {  # (what it does, how many pictures it takes, its lists of conditions)
+    "sample": (
+        "draw pictures; of given ones, change them by --strength, or do the task of the model",
+        "*",
+        ("prompt", "negative_prompt", "class_labels"),
+    ),
+    "inpaint": ("repaint what is white in a mask", "+", ("prompt", "negative_prompt", "class_labels")),
+    "edit": ("make pictures of one condition ones of another", "+", ("source", "target")),
+    "interpolate": ("draw a row from one picture or condition to another", "*", ("condition",)),
+    "restore": ("make pictures of small, grey or blurred ones", "+", ("condition",)),
+    "classify": ("rank conditions for each picture", "+", ("candidates",)),
+}
+CALLS = ("sample", "inpaint")  # the call of the pipeline; the others are functions of `editing`
+# Arguments that only Python can give, and those that this file adds in its own way.
+NOT_OPTIONS = {"guider", "latents", "output_type", "return_dict", "callback_on_step_end", "pipe", "image"}
+NOT_OPTIONS |= {"callback_on_step_end_tensor_inputs", "generator", "mask_image", "degradation", "batch_size"}
+NOT_OPTIONS |= {f"{sign}prompt_{part}" for sign in ("", "negative_") for part in ("embeds", "attention_mask")}
+OWN = ("model", "image", "seed", "device", "dtype", "output")
+
+
+def command_line() -> ArgumentParser:
+    """The parser; the options of a command are the signature of what it calls."""
+    parser = ArgumentParser(prog="python -m ldm_pipeline", description=__doc__.split(":")[0])
+    commands = parser.add_subcommands(dest="command")
+    for name, (about, pictures, conditions) in COMMANDS.items():
+        own, skip = ArgumentParser(description=about), NOT_OPTIONS | set(conditions)
+        own.add_argument("model", type=str, help="pipeline folder, or its id on the Hub")
+        own.add_argument("image", nargs=pictures, type=str, help="files of pictures")
+        for condition in conditions:
+            each = "a class or a prompt for all pictures, or one for each"
+            own.add_argument(f"--{condition}", nargs="+", type=str, help=each)
+        if name in CALLS:
+            own.add_method_arguments(LDMPipeline, "__call__", as_group=False, skip=skip)
+            own.add_argument("--batch_size", type=int, help="number of pictures")
+            masks = "files, white is repainted: one for all pictures, or one for each"
+            own.add_argument("--mask_image", nargs="+", type=str, required=name == "inpaint", help=masks)
+        else:
+            own.add_function_arguments(getattr(editing, name), as_group=False, skip=skip)
+        if name == "restore":
+            own.add_argument("--degradation", type=str, required=True, help="downscale:F, grey or blur:S")
+        own.add_argument("--seed", type=int, default=0, help="of the first picture; each next has the next")
+        own.add_argument("--device", type=str, help="cuda, mps or cpu; by default the best that is there")
+        own.add_argument("--dtype", type=str, default="float32", help="float32, bfloat16 or float16")
+        output = (
+            "folder of the pictures"
+            if name != "interpolate"
+            else "folder of the pictures, or a .webp or .gif"
+        )
+        own.add_argument("--output", type=Path, default=Path("."), help=output)
+        commands.add_subcommand(name, own, help=about)
+    return parser
+
+
+def read_picture(path: str) -> Image.Image:
+    """The picture of a file; ValueError where it cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def load(model: str, device: str | None, dtype: str) -> LDMPipeline:
+    """The pipeline where and as it shall run."""
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype {dtype}; wanted float32, bfloat16 or float16")
+    if device is None:
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    return LDMPipeline.from_pretrained(model).to(device, getattr(torch, dtype))
+
+
+def conditions_of(words: list[str] | None):
+    """Classes and prompts as Python has them: a number as a number, one alone without its list."""
+    values = [int(word) if word.isdecimal() else word for word in words or ()]
+    return values if len(values) > 1 else values[0] if values else None
+
+
+def count(options: dict) -> int:
+    """The number of pictures that a call will draw, each of which gets a generator."""
+    given = [options["batch_size"] or 1, len(options["image"] or ())]
+    given += [len(options[name]) for name in COMMANDS["sample"][2] if isinstance(options[name], list)]
+    return max(given) * options["num_images_per_prompt"]
+
+
+def run(command: str, options: dict) -> list[Path]:
+    """Do a command; the files that it wrote."""
+    own = {name: options.pop(name) for name in OWN}
+    said = {"command": command, "model": own["model"], "image": own["image"], "dtype": own["dtype"]}
+    said |= {name: value for name, value in options.items() if value is not None}
+    for name in COMMANDS[command][2]:
+        options[name] = conditions_of(options[name])
+    options["image"] = [read_picture(path) for path in own["image"]] or None
+    pipe, seed = load(own["model"], own["device"], own["dtype"]), own["seed"]
+    if command == "classify":
+        options["generator"] = torch.Generator().manual_seed(seed)
+        for path, ranking in zip(own["image"], editing.classify(pipe, **options), strict=True):
+            ranked = zip(ranking.candidates, ranking.errors, strict=True)
+            print(path, *(f"{candidate} ({error:.4f})" for candidate, error in list(ranked)[:5]), sep="  ")
+        return []
+    if command in CALLS and options["mask_image"]:
+        options["mask_image"] = [read_picture(path) for path in options["mask_image"]]
+    number = count(options) if command in CALLS else 2 if command == "interpolate" else len(own["image"])
+    options["generator"] = [torch.Generator().manual_seed(seed + index) for index in range(number)]
+    drawn = pipe(**options).images if command in CALLS else getattr(editing, command)(pipe, **options)
+    if own["output"].suffix in (".webp", ".gif"):
+        own["output"].parent.mkdir(parents=True, exist_ok=True)
+        drawn[0].save(
+            own["output"], save_all=True, append_images=drawn[1:] + drawn[-2:0:-1], duration=100, loop=0
+        )
+        return [own["output"]]
+    return [
+        save(picture, own["output"], command, said | {"seed": seed + (index if number > 1 else 0)})
+        for index, picture in enumerate(drawn)
+    ]
+
+
+def save(picture: Image.Image, folder: Path, name: str, parameters: dict) -> Path:
+    """Write a picture with its parameters under the next free number of a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    info, number = PngInfo(), 0
+    info.add_text("parameters", json.dumps(parameters))
+    while (path := folder / f"{name}-{number:04d}.png").exists():
+        number += 1
+    picture.save(path, pnginfo=info)
+    return path
+
+
+def main() -> None:
+    parser = command_line()
+    options = parser.parse_args()
+    try:
+        written = run(options.command, options[options.command].as_dict())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(*written, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
