@@ -23,6 +23,7 @@ from .pipeline import (
     Condition,
     Guidance,
     Observation,
+    first_latents,
     guided,
     luminance,
     per_image,
@@ -380,7 +381,7 @@ def restore(
         conditions = (make_condition(pipe, each, len(given)) for each in (condition, None))
         guidance = Guidance(guidance_scale if condition is not None else 1.0)
         set_timesteps(pipe.scheduler, num_inference_steps, device=given.device)
-        latents = pipe._noise(None, len(given), generator) * float(pipe.scheduler.init_noise_sigma)
+        latents = first_latents(pipe.scheduler, pipe._noise(None, len(given), generator))
         latents = pipe.denoise_latents(
             latents, pipe.scheduler.timesteps, *conditions, guidance, generator,
             observation=Observation(measure, given, weight),
