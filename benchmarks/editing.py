@@ -32,7 +32,7 @@ from training.evaluation.metrics import FrechetDistance
 from training.evaluation.plots import save_grid, to_uint8
 
 OPERATIONS = ("inpaint", "restore", "edit", "shift", "classify")
-GRID_ROWS = 8
+GRID_ROWS = 5
 
 
 class Bench:

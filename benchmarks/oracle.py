@@ -1,4 +1,7 @@
-"""Prints what every Diffusers scheduler makes of a Gaussian whose best denoiser is known in closed form."""
+"""Prints what every Diffusers scheduler makes of a Gaussian whose best denoiser is known in closed form.
+
+With --operations also of the ways to edit that go by the scheduler, all for a flow network.
+"""
 
 import argparse
 import functools
@@ -12,7 +15,15 @@ import torch
 from diffusers import AutoencoderKL, UNet2DModel
 
 from ldm_pipeline.loading import LDMPipeline
-from ldm_pipeline.pipeline import SCHEDULERS
+from ldm_pipeline.pipeline import (
+    SCHEDULERS,
+    Condition,
+    Observation,
+    Source,
+    first_latents,
+    noise_levels,
+    set_timesteps,
+)
 
 # Of a latent element by channel: neither centred nor of unit variance, so that clipping and scaling show.
 MEAN, DEVIATION = torch.tensor([[-1.1, 0.9, 0.2, -0.5], [0.3, 1.0, 0.8, 0.15]]).double().view(2, 4, 1, 1)
@@ -173,9 +184,80 @@ def all_schedulers() -> list[str]:
     return sorted(name for name in dir(diffusers.schedulers) if name.endswith("Scheduler"))
 
 
+def uncorrelated(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two of `standard_noise`, of 16 images, without any correlation."""
+    first, second = standard_noise(16, size, seed=1).double(), standard_noise(16, size, seed=2).double()
+    second = second - first * (first * second).mean((0, 2, 3), keepdim=True)
+    return first.float(), (second / second.std((0, 2, 3), keepdim=True)).float()
+
+
+def exact_flow(noisy: torch.Tensor, tau: float) -> torch.Tensor:
+    """Clean latents, in deviations, to which probability flow takes those of the noise level tau."""
+    return (noisy - (1 - tau) * MEAN) / torch.sqrt(((1 - tau) * DEVIATION) ** 2 + tau**2)
+
+
+def operations(case: str) -> dict[str, str]:
+    """The errors of a scheduler's operations by name, or why it is refused."""
+    pipe = oracle_pipeline(OBJECTIVES["flow"], build(case), size=8)
+    pipe._decode = lambda latents: latents  # measurements are of the latents themselves
+    steps, (clean, noise) = CASES[case][2], uncorrelated(8)
+    data, free = (MEAN + DEVIATION * clean).float(), torch.zeros(16, 1, 8, 8)
+    free[..., 4:] = 1
+    known = 1 - free
+
+    def draw(start: int = 0, **more) -> torch.Tensor:
+        set_timesteps(pipe.scheduler, steps)
+        timesteps = pipe.scheduler.timesteps[start * pipe.scheduler.order :]
+        first, generator = first_latents(pipe.scheduler, noise), torch.Generator().manual_seed(0)
+        return pipe.denoise_latents(first, timesteps, Condition(), generator=generator, **more)
+
+    def from_the_middle() -> str:
+        drawn = draw(steps // 3, source=Source(data, noise))
+        if any(word in type(pipe.scheduler).__name__ + case for word in (*RANDOM, "ancestral")):
+            return "{:+.1f} / {:+.1f} %".format(*errors(drawn))
+        set_timesteps(pipe.scheduler, steps)
+        tau = noise_levels(pipe.scheduler, pipe.objective)[steps // 3 * pipe.scheduler.order]
+        wrong = (drawn - MEAN) / DEVIATION - exact_flow((1 - tau) * data + tau * noise, tau)
+        return f"{wrong.square().mean().sqrt():.3f}"
+
+    def blended() -> str:
+        return "{:+.1f} / {:+.1f} %".format(*errors(draw(source=Source(data, noise, free))[..., 4:]))
+
+    def by_gradient() -> str:
+        drawn = draw(observation=Observation(lambda images: images * known, data * known))
+        return f"{(((drawn - data) / DEVIATION)[..., :4]).square().mean().sqrt():.3f}"
+
+    cells = {}
+    for name, operation in {
+        "image to image": from_the_middle,
+        "inpainting, blend": blended,
+        "inpainting and restore, gradient": by_gradient,
+    }.items():
+        try:
+            cells[name] = operation()
+        except ValueError as error:
+            cells[name] = f"refused: {error}"
+    return cells
+
+
+def print_operations() -> None:
+    print(
+        "\nImage to image from two thirds of the way: distance from exact probability flow, in deviations; "
+        "of stochastic schedulers errors of mean / deviation. Blend: those of the hole. Gradient: distance "
+        "of what is known, in deviations, 1.414 without. Inversion, FlowEdit, rows, directions and the "
+        "classifier go by no scheduler.\n"
+    )
+    for row, case in enumerate(CASES):
+        cells = operations(case)
+        if not row:
+            print(f"| scheduler | steps | {' | '.join(cells)} |\n|{'---|' * (2 + len(cells))}")
+        print(f"| {case} | {CASES[case][2]} | {' | '.join(cells.values())} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=16, help="images of 4x4x4 latents (default: 16)")
+    parser.add_argument("--operations", action="store_true", help="also of image to image and inpainting")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     print("Errors of mean / deviation in percent of the deviation, worst of 4 channels; exact denoiser.\n")
@@ -186,6 +268,8 @@ def main():
             cells = [errors(sample(pipe, steps, options.images)) for pipe in pipes]
             row = [case, str(steps), *(f"{mean:+.1f} / {deviation:+.1f}" for mean, deviation in cells)]
             print(f"| {' | '.join(row)} |", flush=True)
+    if options.operations:
+        print_operations()
     print(f"\nRefused: {', '.join(sorted(set(all_schedulers()) - set(SCHEDULERS)))}")
 
 

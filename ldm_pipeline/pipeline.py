@@ -550,25 +550,27 @@ class Observation:
 
 
 def observed(
-    objective: Objective, observation: Observation, network, decode, noisy, point: tuple, steps: int
+    objective: Objective, observation: Observation, network, decode, noisy, point: tuple, reach: float
 ) -> torch.Tensor:
     """A network's prediction, led by the gradient of an observation's error (arXiv:2209.14687, algorithm 1).
 
-    What that paper subtracts after a step is subtracted from the clean latents before it, so that solvers of
-    several steps know of it: tau * steps times as much, as a step takes clean latents by 1 / (tau * steps).
+    What that paper subtracts from the noisy latents after a step is subtracted from the clean ones before it,
+    so that solvers of several steps know of it. It is `weight` times the gradient of the error's norm, at
+    most what would take the error to 0 if it were linear (Polyak's step).
 
     network: f(noisy, time, alpha, sigma); point: (time, alpha, sigma), on the path of `objective`.
     decode: latents to images, with gradients.
-    steps: of the whole way from noise.
+    reach: change of the clean latents that changes the noisy ones by 1 in the next step.
     """
     _, alpha, sigma = point
-    tau = sigma / (alpha + sigma)
     with torch.enable_grad():
         noisy = noisy.detach().requires_grad_()
         clean, _ = objective.clean_and_noise(network(noisy, *point), noisy, alpha, sigma)
         error = (observation.measure(decode(clean)) - observation.wanted).flatten(1).norm(dim=1)
         gradient = torch.autograd.grad(error.sum(), noisy)[0] * (alpha + sigma)
-    noisy, clean = noisy.detach(), clean.detach() - observation.weight * tau * steps * gradient
+    polyak = error.detach() / gradient.flatten(1).square().sum(1).clamp(min=1e-12)
+    length = reach * polyak.clamp(max=observation.weight)
+    noisy, clean = noisy.detach(), clean.detach() - per_image(length, gradient) * gradient
     return objective.target(clean, (noisy - alpha * clean) / sigma, alpha, sigma)
 
 
@@ -736,6 +738,17 @@ def noise_levels(scheduler, objective: Objective) -> list[float]:
                 output = scheduler_prediction(scheduler, objective, i, t, sample, network)
                 sample = scheduler.step(output, t, sample, return_dict=False)[0]
     return levels
+
+
+def step_reaches(scheduler, objective: Objective) -> list[float]:
+    """Change of the clean latents that changes the noisy ones by 1, at each whole step of the scheduler.
+
+    A step from tau to a lower level takes on 1 - lower / tau of the clean latents. Steps shorter than the
+    average count as the average: more is too much for schedulers that extrapolate from several steps.
+    """
+    levels = noise_levels(scheduler, objective)[:: scheduler.order]
+    pairs = zip(levels, [*levels[1:], 0.0], strict=True)
+    return [tau / max(tau - lower, 1 / len(levels)) for tau, lower in pairs]
 
 
 def first_latents(scheduler, noise: torch.Tensor) -> torch.Tensor:
@@ -970,6 +983,11 @@ class LDMPipeline(DiffusionPipeline):
         """
         scheduler, family = self.scheduler, scheduler_family(self.scheduler, self.objective)
         begin = len(scheduler.timesteps) - len(timesteps)
+        if observation and isinstance(scheduler, diffusers.PNDMScheduler | diffusers.LMSDiscreteScheduler):
+            name = type(scheduler).__name__
+            raise ValueError(
+                f"{name} cannot be led by a gradient: it extrapolates from steps that were led otherwise"
+            )
         # PNDM counts through a fixed list of first steps; solvers of two stages need both of them.
         if begin and isinstance(scheduler, diffusers.PNDMScheduler) or begin % scheduler.order:
             name = type(scheduler).__name__
@@ -988,13 +1006,16 @@ class LDMPipeline(DiffusionPipeline):
             now = replace(guidance, scale=self._guidance_scale, guider=guider)
             return guided(self.objective, self.denoiser, noisy, point, condition, null, now, dtype)
 
+        reaches = step_reaches(scheduler, self.objective) if observation else ()
+
         def led(noisy, *point):
-            steps = len(scheduler.timesteps)
-            return observed(self.objective, observation, network, self._decode, noisy, point, steps)
+            reach = reaches[step]
+            return observed(self.objective, observation, network, self._decode, noisy, point, reach)
 
         for i, t in enumerate(self.progress_bar(timesteps)):
             if guider is not None:
                 guider.set_state(i, len(timesteps), t)
+            step = (begin + i) // scheduler.order  # of two stages
             with _suited(scheduler, family):
                 f = led if observation else network
                 output = scheduler_prediction(scheduler, self.objective, begin + i, t, latents, f)

@@ -144,6 +144,13 @@ def test_the_gradient_leads_to_what_is_known(name):
     assert (painted[known] == pixels[known]).all() and (painted[~known] != pixels[~known]).any()
 
 
+@pytest.mark.parametrize("name", ["PNDM", "LMSDiscrete"])
+def test_schedulers_that_a_gradient_leads_astray_are_refused(name):
+    pipe = tiny_pipe(scheduler=build_scheduler(FLOW, name))
+    with pytest.raises(ValueError, match=f"{name}Scheduler cannot be led by a gradient"):
+        editing.restore(pipe, PICTURE, "grey")
+
+
 def test_operators_are_linear():
     one, two = torch.rand(2, 2, 3, 16, 16)
     for name in ("downscale:2", "downscale:4", "grey", "blur:1.5"):
