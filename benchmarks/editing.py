@@ -1,4 +1,4 @@
-"""Editing operations of a trained class-conditional model on held-out pictures, beside what does without it.
+"""Editing operations of a trained model on held-out pictures, beside what does without it.
 
     python benchmarks/editing.py runs/digits --features digits
 
@@ -7,13 +7,16 @@
 - restore: x2 and x4 super-resolution and colorization by the gradient, beside bicubic and grey pictures.
 - edit: another class by image to image (SDEdit), inversion and FlowEdit, at several strengths.
 - shift: the direction between two classes.
-- classify: the diffusion classifier.
+- classify: the diffusion classifier, for each picture among all classes, or among its own caption and others.
+- memory: what each operation adds to the memory of the process at its peak, for 16 pictures.
 
-"FD" is the Frechet distance of features to those of the originals, "read" the share that the network's logits
-put into the class asked for; errors are of pixels in [0, 1]. Seconds are per picture.
+The model gets the pictures' own conditions, classes or captions; edit and shift need classes. "FD" is the
+Frechet distance of features to those of the originals, "read" the share that the network's logits put into
+the class asked for; errors are of pixels in [0, 1]. Seconds are per picture.
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ldm_pipeline import LDMPipeline, editing
-from ldm_pipeline.pipeline import resize
+from ldm_pipeline.pipeline import is_conditional, resize, text_width
 from training.config import parse_config
 from training.data.images import load_images
 from training.data.order import seeded_generator
@@ -31,7 +34,7 @@ from training.evaluation.features import load_network
 from training.evaluation.metrics import FrechetDistance
 from training.evaluation.plots import save_grid, to_uint8
 
-OPERATIONS = ("inpaint", "restore", "edit", "shift", "classify")
+OPERATIONS = ("inpaint", "restore", "edit", "shift", "classify", "memory")
 GRID_ROWS = 5
 
 
@@ -40,14 +43,16 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace):
         config = parse_config(["--config", str(options.run / "config.yaml")], stages=())
-        data = load_images(config.data)
         self.options, self.pipe = options, load(str(options.run / "pipeline"))
+        self.texts = text_width(self.pipe.denoiser) > 0
+        data = load_images(config.data, captioned=self.texts)
         self.network = load_network(options.features)
         held = data.held_out
         order = torch.randperm(len(held), generator=seeded_generator("cpu", "rows"))
         rows = order[: options.limit].tolist()
         self.images = torch.stack([held[row, False]["images"] for row in rows]) / 2 + 0.5
         self.labels = held.labels[rows]
+        self.conditions = [held.captions[row][0] for row in rows] if self.texts else self.labels.tolist()
         self.real = self.judge(self.images)
         self.distance = FrechetDistance(self.real["features"])
 
@@ -67,8 +72,9 @@ class Bench:
             parts.append(function(part, self.generators(start, len(self.images[part]))).float().cpu())
         return torch.cat(parts), (time.perf_counter() - began) / len(self.images)
 
-    def read(self, images: Tensor, labels: Tensor) -> float:
-        return (self.judge(images)["logits"].argmax(1) == labels).float().mean().item()
+    def read(self, images: Tensor, labels: Tensor) -> float | str:
+        """Share of images that are read as `labels`; of a model of captions there is no such."""
+        return "" if self.texts else (self.judge(images)["logits"].argmax(1) == labels).float().mean().item()
 
 
 def load(source: str) -> LDMPipeline:
@@ -130,12 +136,13 @@ def inpaint_hole(bench: Bench, name: str, hole: Tensor, trained) -> None:
     steps = bench.options.num_inference_steps
 
     def call(model, part, generators, **more):
-        more |= {"class_labels": labels[part].tolist()} if model is pipe else {}
+        if is_conditional(model.denoiser):
+            more |= {"prompt" if bench.texts else "class_labels": bench.conditions[part]}
         more |= {"image": images[part], "mask_image": hole[part].float(), "output_type": "pt"}
         return model(generator=generators, guidance_scale=1.0, num_inference_steps=steps, **more).images
 
     def plain(part, generators):
-        return plain_blending(pipe, images[part], hole[part], labels[part].tolist(), steps, generators)
+        return plain_blending(pipe, images[part], hole[part], bench.conditions[part], steps, generators)
 
     def autoencoded(part, generators):
         return torch.where(hole[part], pipe.decode(pipe.encode(images[part])), images[part])
@@ -168,7 +175,7 @@ def restore(bench: Bench) -> None:
         naive = given.expand_as(images) if name == "grey" else resize(given, size)
 
         def restored(part, generators, name=name, given=given):
-            more = {"num_inference_steps": options.restore_steps, "condition": bench.labels[part].tolist()}
+            more = {"num_inference_steps": options.restore_steps, "condition": bench.conditions[part]}
             return editing.restore(pipe, given[part], name, generator=generators, output_type="pt", **more)
 
         results = {"grey" if name == "grey" else "bicubic": (naive, 0.0)}
@@ -243,30 +250,77 @@ def shift(bench: Bench) -> None:
 
 def classify(bench: Bench) -> None:
     pipe, options = bench.pipe, bench.options
-    candidates = list(range(len(pipe.config.id2label or {}) or 10))
     count, rows = min(options.classified, len(bench.images)), []
-    for samples, keep in (((4,), ()), ((16,), ()), ((4, 16, 64), (5, 2))):
-        began = time.perf_counter()
-        ranks = editing.classify(
-            pipe, bench.images[:count], candidates, samples, keep, seeded_generator("cpu", options.seed)
-        )
-        right = sum(
-            rank.candidates[0] == int(label) for rank, label in zip(ranks, bench.labels, strict=False)
-        )
+    others = list(dict.fromkeys(bench.conditions)) if bench.texts else sorted(set(bench.labels.tolist()))
+    rounds = ((4,), ()), ((4, 16, 64), (len(others) // 2, 2) if len(others) < 20 else (10, 3))
+    for samples, keep in rounds:
+        began, right = time.perf_counter(), 0
+        given = samples, keep, seeded_generator("cpu", options.seed), options.batch_size
+        for start in range(0, count, options.batch_size):
+            own = bench.conditions[start : min(start + options.batch_size, count)]
+            # The same candidates for all pictures of a part: their own conditions, and some others.
+            known = list(dict.fromkeys([*own, *others]))[: max(options.candidates, len(set(own)))]
+            pictures = bench.images[start : start + len(own)]
+            ranks = editing.classify(pipe, pictures, known, *given)
+            right += sum(rank.candidates[0] == each for rank, each in zip(ranks, own, strict=True))
         seconds = (time.perf_counter() - began) / count
-        rows.append([f"samples {samples}, keep {keep}", ranks[0].evaluations, right / count, seconds])
-    table(f"classifier, {count} pictures", ["rounds", "evaluations", "accuracy", "seconds"], rows)
-    print(f"\nthe network itself reads {bench.read(bench.images[:count], bench.labels[:count]):.3f}")
+        rows.append([f"{samples}, keep {keep}", ranks[0].evaluations, right / count, seconds])
+    title = f"classifier among {len(known)}, {count} pictures"
+    table(title, ["samples", "evaluations", "accuracy", "seconds"], rows)
+    if not bench.texts:
+        print(f"\nthe network itself reads {bench.read(bench.images[:count], bench.labels[:count]):.3f}")
+
+
+def memory(bench: Bench) -> None:
+    pipe, images, conditions = bench.pipe, bench.images[:16], bench.conditions[:16]
+    hole, side = torch.ones(1, 1, *images.shape[2:]), images.shape[-1] // 2
+    hole[..., :side] = 0
+    name = "prompt" if bench.texts else "class_labels"
+    own, few = {name: conditions}, {"num_inference_steps": 3}
+    functions = {
+        "drawing, without guidance": lambda: pipe(**own, **few, guidance_scale=1.0),
+        "drawing, guided": lambda: pipe(**own, **few, guidance_scale=2.0),
+        "image to image": lambda: pipe(image=images, **own, **few, guidance_scale=1.0),
+        "inpainting, blend": lambda: pipe(image=images, mask_image=hole, **own, **few, guidance_scale=1.0),
+        "inpainting, gradient": lambda: pipe(
+            image=images, mask_image=hole, method="gradient", **own, **few, guidance_scale=1.0
+        ),
+        "invert": lambda: editing.invert(pipe, images, conditions, 3),
+        "edit, guided": lambda: editing.edit(pipe, images, conditions, conditions, **few),
+        "restore": lambda: editing.restore(pipe, images, "blur:1", conditions, **few),
+        "classify, batches of 64": lambda: editing.classify(pipe, images, conditions, (2,), ()),
+    }
+    rows = [[key, added_memory(function)] for key, function in functions.items()]
+    table("memory added at the peak, 16 pictures", ["operation", "MiB"], rows)
+
+
+def added_memory(function: Callable) -> float:
+    """MiB that `function` adds to the largest resident size of a process, in a fork of this one."""
+    reading, writing = os.pipe()
+    if not os.fork():
+        before = resident_peak()
+        function()
+        os.write(writing, f"{resident_peak() - before}".encode())
+        os._exit(0)
+    os.wait()
+    return float(os.read(reading, 100))
+
+
+def resident_peak() -> float:
+    """Largest resident size of this process so far, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, help="run folder of a class-conditional model")
+    parser.add_argument("run", type=Path, help="run folder of a model of classes or captions")
     parser.add_argument("--features", required=True, help="network with logits, as of --evaluation.features")
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS)
     parser.add_argument("--inpaint", help="pipeline folder of the task inpaint")
     parser.add_argument("--limit", type=int, default=300, help="held-out pictures, at most")
     parser.add_argument("--classified", type=int, default=100, help="pictures to classify, at most")
+    parser.add_argument("--candidates", type=int, default=100, help="captions to classify among")
     parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--restore_steps", type=int, default=50)
     parser.add_argument("--guidance_scale", type=float, default=2.0)
@@ -277,6 +331,8 @@ def main():
     options = parser.parse_args()
     options.grids.mkdir(parents=True, exist_ok=True)
     bench = Bench(options)
+    if bench.texts and (wrong := {"edit", "shift"} & set(options.operations)):
+        parser.error(f"--operations {' '.join(sorted(wrong))}: these need a model of classes")
     for name in options.operations:
         globals()[name](bench)
 

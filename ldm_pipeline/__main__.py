@@ -14,6 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm_pipeline import LDMPipeline, editing
+from ldm_pipeline.pipeline import text_width
 
 COMMANDS = {  # (what it does, how many pictures it takes, its lists of conditions)
     "sample": (
@@ -88,9 +89,9 @@ def load(model: str, device: str | None, dtype: str) -> LDMPipeline:
     return LDMPipeline.from_pretrained(model).to(device, getattr(torch, dtype))
 
 
-def conditions_of(words: list[str] | None):
-    """Classes and prompts as Python has them: a number as a number, one alone without its list."""
-    values = [int(word) if word.isdecimal() else word for word in words or ()]
+def conditions_of(words: list[str] | None, classes: bool):
+    """Classes or prompts as Python has them: a class's number as a number, one alone without its list."""
+    values = [int(word) if classes and word.isdecimal() else word for word in words or ()]
     return values if len(values) > 1 else values[0] if values else None
 
 
@@ -106,10 +107,11 @@ def run(command: str, options: dict) -> list[Path]:
     own = {name: options.pop(name) for name in OWN}
     said = {"command": command, "model": own["model"], "image": own["image"], "dtype": own["dtype"]}
     said |= {name: value for name, value in options.items() if value is not None}
-    for name in COMMANDS[command][2]:
-        options[name] = conditions_of(options[name])
     options["image"] = [read_picture(path) for path in own["image"]] or None
     pipe, seed = load(own["model"], own["device"], own["dtype"]), own["seed"]
+    for name in COMMANDS[command][2]:
+        classes = name == "class_labels" or "prompt" not in name and not text_width(pipe.denoiser)
+        options[name] = conditions_of(options[name], classes)
     if command == "classify":
         options["generator"] = torch.Generator().manual_seed(seed)
         for path, ranking in zip(own["image"], editing.classify(pipe, **options), strict=True):

@@ -351,7 +351,7 @@ def restore(
     image,
     degradation: str | Callable,
     condition=None,
-    weight: float = 3.0,
+    weight: float = 0.25,
     num_inference_steps: int = 50,
     guidance_scale: float = 1.0,
     generator=None,
@@ -366,7 +366,7 @@ def restore(
         image: degraded pictures: small, grey or blurred.
         degradation: see `operator`.
         condition: what the pictures are.
-        weight: of the steps towards the given pictures.
+        weight: see `Observation` of the pipeline.
     """
     measure = operator(degradation)
     with _session(pipe):

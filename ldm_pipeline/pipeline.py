@@ -541,12 +541,12 @@ class Observation:
 
     measure: linear function of images (N, C, H, W), as they are decoded, to (N, ...).
     wanted: (N, ...), its values.
-    weight: length of the steps towards them; see `observed`.
+    weight: largest factor of their error's gradient, in norms of standard normal latents; see `observed`.
     """
 
     measure: Callable
     wanted: torch.Tensor
-    weight: float = 3.0
+    weight: float = 0.25
 
 
 def observed(
@@ -555,8 +555,8 @@ def observed(
     """A network's prediction, led by the gradient of an observation's error (arXiv:2209.14687, algorithm 1).
 
     What that paper subtracts from the noisy latents after a step is subtracted from the clean ones before it,
-    so that solvers of several steps know of it. It is `weight` times the gradient of the error's norm, at
-    most what would take the error to 0 if it were linear (Polyak's step).
+    so that solvers of several steps know of it: the gradient of the error's norm, times what would take the
+    error to 0 if it were linear (Polyak's step), at most times the observation's weight.
 
     network: f(noisy, time, alpha, sigma); point: (time, alpha, sigma), on the path of `objective`.
     decode: latents to images, with gradients.
@@ -569,7 +569,7 @@ def observed(
         error = (observation.measure(decode(clean)) - observation.wanted).flatten(1).norm(dim=1)
         gradient = torch.autograd.grad(error.sum(), noisy)[0] * (alpha + sigma)
     polyak = error.detach() / gradient.flatten(1).square().sum(1).clamp(min=1e-12)
-    length = reach * polyak.clamp(max=observation.weight)
+    length = reach * polyak.clamp(max=observation.weight * math.sqrt(noisy[0].numel()))
     noisy, clean = noisy.detach(), clean.detach() - per_image(length, gradient) * gradient
     return objective.target(clean, (noisy - alpha * clean) / sigma, alpha, sigma)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from ldm_pipeline import __main__ as command_line
 from training import publish_ldm
 from training.config import parse_config
 
@@ -96,13 +97,17 @@ def test_every_configuration_is_valid(path):
 
 def test_every_command_and_flag_of_the_readme_exists(monkeypatch):
     monkeypatch.chdir(ROOT)
-    commands = re.findall(r"^(?:accelerate launch|python|make) (?:\\\n|.)*", README, re.MULTILINE)
+    text = README + (ROOT / "docs/editing.md").read_text()
+    commands = re.findall(r"^(?:accelerate launch|python|make) (?:\\\n|.)*", text, re.MULTILINE)
     assert len(commands) >= 4
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for command in commands:
         words = shlex.split(command.replace("\\\n", " "), comments=True)
         if words[0] == "make":
             assert set(words[1:]) <= targets, command
+            continue
+        if words[:3] == ["python", "-m", "ldm_pipeline"]:
+            command_line.command_line().parse_args(words[3:])
             continue
         script = next(word for word in words if word.endswith(".py"))
         assert (ROOT / script).exists(), command
