@@ -351,7 +351,7 @@ def restore(
     image,
     degradation: str | Callable,
     condition=None,
-    weight: float = 0.25,
+    weight: float = 0.1,
     num_inference_steps: int = 50,
     guidance_scale: float = 1.0,
     generator=None,

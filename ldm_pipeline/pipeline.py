@@ -546,7 +546,7 @@ class Observation:
 
     measure: Callable
     wanted: torch.Tensor
-    weight: float = 0.25
+    weight: float = 0.1
 
 
 def observed(
