@@ -935,7 +935,7 @@ class LDMPipeline(DiffusionPipeline):
         pictures = to_pixels(image)
         if not pictures:
             raise ValueError("image is an empty list; wanted one picture or more")
-        images, _ = self._pixels(pictures, None, self.image_shape[1:], "crop")
+        images, _ = self._pixels(pictures, None, self.image_shape[1:])
         return self.encode(torch.cat([resize(each, self.image_shape[1:]) for each in images]))
 
     @torch.no_grad()
@@ -1305,7 +1305,7 @@ class LDMPipeline(DiffusionPipeline):
         masks = None if mask_image is None else to_pixels(mask_image, "mask_image")
         return None if image is None else to_pixels(image), masks
 
-    def _pixels(self, images: list, masks: list | None, size: list[int], resize_mode: str) -> tuple:
+    def _pixels(self, images: list, masks: list | None, size: list[int], resize_mode="crop") -> tuple:
         """N images (1, C, h, w) as the autoencoder takes them, in the shape of `size` (height, width), and
         their masks (N, 1, *size) in [0, 1] or None."""
         for image, mask in zip(images, masks or images, strict=True):
