@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm_pipeline import LDMPipeline, editing
-from ldm_pipeline.pipeline import text_width
+from ldm_pipeline.pipeline import _as_list, text_width
 
 COMMANDS = {  # (what it does, how many pictures it takes, its lists of conditions)
     "sample": (
@@ -46,7 +46,8 @@ def command_line() -> ArgumentParser:
         own.add_argument("image", nargs=pictures, type=str, help="files of pictures")
         for condition in conditions:
             each = "a class or a prompt for all pictures, or one for each"
-            own.add_argument(f"--{condition}", nargs="+", type=str, help=each)
+            wanted = condition == "candidates"
+            own.add_argument(f"--{condition}", nargs="+", type=str, required=wanted, help=each)
         if name in CALLS:
             own.add_method_arguments(LDMPipeline, "__call__", as_group=False, skip=skip)
             own.add_argument("--batch_size", type=int, help="number of pictures")
@@ -59,12 +60,8 @@ def command_line() -> ArgumentParser:
         own.add_argument("--seed", type=int, default=0, help="of the first picture; each next has the next")
         own.add_argument("--device", type=str, help="cuda, mps or cpu; by default the best that is there")
         own.add_argument("--dtype", type=str, default="float32", help="float32, bfloat16 or float16")
-        output = (
-            "folder of the pictures"
-            if name != "interpolate"
-            else "folder of the pictures, or a .webp or .gif"
-        )
-        own.add_argument("--output", type=Path, default=Path("."), help=output)
+        files = "folder of the pictures; interpolate also makes a .webp or .gif"
+        own.add_argument("--output", type=Path, default=Path("."), help=files)
         commands.add_subcommand(name, own, help=about)
     return parser
 
@@ -102,11 +99,14 @@ def count(options: dict) -> int:
     return max(given) * options["num_images_per_prompt"]
 
 
-def run(command: str, options: dict) -> list[Path]:
-    """Do a command; the files that it wrote."""
+def run(command: str, options: dict) -> list:
+    """Do a command; the files that it wrote, or the lines that it found."""
     own = {name: options.pop(name) for name in OWN}
     said = {"command": command, "model": own["model"], "image": own["image"], "dtype": own["dtype"]}
     said |= {name: value for name, value in options.items() if value is not None}
+    animation = command == "interpolate" and own["output"].suffix in (".webp", ".gif")
+    if own["output"].suffix in Image.registered_extensions() and not animation:
+        raise ValueError(f"--output {own['output']}; wanted a folder, or of interpolate a .webp or .gif")
     options["image"] = [read_picture(path) for path in own["image"]] or None
     pipe, seed = load(own["model"], own["device"], own["dtype"]), own["seed"]
     for name in COMMANDS[command][2]:
@@ -114,23 +114,25 @@ def run(command: str, options: dict) -> list[Path]:
         options[name] = conditions_of(options[name], classes)
     if command == "classify":
         options["generator"] = torch.Generator().manual_seed(seed)
-        for path, ranking in zip(own["image"], editing.classify(pipe, **options), strict=True):
-            ranked = zip(ranking.candidates, ranking.errors, strict=True)
-            print(path, *(f"{candidate} ({error:.4f})" for candidate, error in list(ranked)[:5]), sep="  ")
-        return []
+        options["candidates"] = _as_list(options["candidates"])
+        ranks, lines = editing.classify(pipe, **options), []
+        for path, rank in zip(own["image"], ranks, strict=True):
+            ranked = list(zip(rank.candidates, rank.errors, strict=True))[:5]
+            lines.append("  ".join([path, *(f"{candidate} ({error:.4f})" for candidate, error in ranked)]))
+        return lines
     if command in CALLS and options["mask_image"]:
         options["mask_image"] = [read_picture(path) for path in options["mask_image"]]
     number = count(options) if command in CALLS else 2 if command == "interpolate" else len(own["image"])
     options["generator"] = [torch.Generator().manual_seed(seed + index) for index in range(number)]
     drawn = pipe(**options).images if command in CALLS else getattr(editing, command)(pipe, **options)
-    if own["output"].suffix in (".webp", ".gif"):
+    if animation:
         own["output"].parent.mkdir(parents=True, exist_ok=True)
         drawn[0].save(
             own["output"], save_all=True, append_images=drawn[1:] + drawn[-2:0:-1], duration=100, loop=0
         )
         return [own["output"]]
     return [
-        save(picture, own["output"], command, said | {"seed": seed + (index if number > 1 else 0)})
+        save(picture, own["output"], command, said | {"seed": seed + (index if number == len(drawn) else 0)})
         for index, picture in enumerate(drawn)
     ]
 

@@ -376,6 +376,9 @@ def test_the_command_line_draws_and_edits_like_python(tmp_path, capsys, monkeypa
     command_line.main()
     with Image.open(tmp_path / "row.webp") as animation:
         assert animation.n_frames == 14  # eight, and six back
+    monkeypatch.setattr("sys.argv", ["ldm", "sample", str(tmp_path / "model"), "--output", "drawn.png"])
+    with pytest.raises(SystemExit, match="--output drawn.png; wanted a folder"):
+        command_line.main()
     (tmp_path / "text.png").write_text("no picture")
     for options, message in (
         (("edit", str(tmp_path / "text.png"), "--target", "dog"), "text.png cannot be read as a picture"),
@@ -385,6 +388,7 @@ def test_the_command_line_draws_and_edits_like_python(tmp_path, capsys, monkeypa
             "class_labels has 'horse'; wanted a number from 0 to 2 or one",
         ),
         (("sample", "--dtype", "int8"), "--dtype int8; wanted float32"),
+        (("classify", files[0], "--candidates", "cat"), "1 candidates, .* wanted two candidates or more"),
     ):
         with pytest.raises(SystemExit, match=message):
             run(*options)
