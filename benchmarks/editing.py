@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm_pipeline import LDMPipeline, editing
+from benchmarks.tasks import load
+from ldm_pipeline import editing
 from ldm_pipeline.pipeline import is_conditional, resize, text_width
 from training.config import parse_config
 from training.data.images import load_images
@@ -75,13 +76,6 @@ class Bench:
     def read(self, images: Tensor, labels: Tensor) -> float | str:
         """Share of images that are read as `labels`; of a model of captions there is no such."""
         return "" if self.texts else (self.judge(images)["logits"].argmax(1) == labels).float().mean().item()
-
-
-def load(source: str) -> LDMPipeline:
-    """A pipeline without progress bars."""
-    pipe = LDMPipeline.from_pretrained(source)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def table(title: str, columns: list[str], rows: list[list]) -> None:

@@ -23,6 +23,7 @@ from .pipeline import (
     Condition,
     Guidance,
     Observation,
+    clean_and_noise_at,
     first_latents,
     guided,
     luminance,
@@ -43,13 +44,13 @@ def velocity(
     """
     objective, denoiser = pipe.objective, pipe.denoiser
     tau = max(tau, 1e-3)  # no network was trained without noise
-    point = _, alpha, sigma = objective.network_point(1 - tau, tau)
-    scaled = noisy * (math.hypot(alpha, sigma) / math.hypot(1 - tau, tau))
     given = condition, null, Guidance(guidance_scale), denoiser.dtype
-    prediction = guided(objective, denoiser, scaled, point, *given)
-    clean, noise = objective.clean_and_noise(prediction, scaled, alpha, sigma)
-    # From the half that is less magnified here, as a variance-preserving network's times are clamped.
-    return (noisy - clean) / tau if tau > 0.5 else (noise - noisy) / (1 - tau)
+
+    def network(scaled, *point):
+        return guided(objective, denoiser, scaled, point, *given)
+
+    clean, noise = clean_and_noise_at(objective, noisy, 1 - tau, tau, network)
+    return noise - clean
 
 
 def _velocity(pipe, condition, batch_size: int, guidance_scale: float = 1.0) -> Callable:

@@ -691,6 +691,21 @@ def _suited(scheduler, family: str):
         scheduler.register_to_config(**own)
 
 
+def clean_and_noise_at(objective: Objective, noisy, alpha: float, sigma: float, network) -> tuple:
+    """(clean, noise) of noisy = alpha * clean + sigma * noise, on any path, by the objective's network.
+
+    network: f(noisy, time, alpha, sigma), of a point on the objective's own path.
+    """
+    time, net_alpha, net_sigma = objective.network_point(alpha, sigma)
+    net_noisy = noisy * (math.hypot(net_alpha, net_sigma) / math.hypot(alpha, sigma))
+    prediction = network(net_noisy, time, net_alpha, net_sigma)
+    clean, noise = objective.clean_and_noise(prediction, net_noisy, net_alpha, net_sigma)
+    # The half that the given point magnifies less; it matters where the network's time was clamped.
+    if sigma > alpha:
+        return clean, (noisy - alpha * clean) / sigma
+    return (noisy - sigma * noise) / alpha, noise
+
+
 def scheduler_prediction(scheduler, objective: Objective, i: int, t, sample, network) -> torch.Tensor:
     """Input of `scheduler.step(..., t, sample)`, from the prediction of a `network` for the `objective`.
 
@@ -704,15 +719,7 @@ def scheduler_prediction(scheduler, objective: Objective, i: int, t, sample, net
     noisy = scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
     if family == "edm":  # its inputs are scaled to unit variance by sigma_data; here by 1
         noisy = sample * alpha
-    time, net_alpha, net_sigma = objective.network_point(alpha, sigma)
-    net_noisy = noisy * (math.hypot(net_alpha, net_sigma) / math.hypot(alpha, sigma))
-    prediction = network(net_noisy, time, net_alpha, net_sigma)
-    clean, noise = objective.clean_and_noise(prediction, net_noisy, net_alpha, net_sigma)
-    # The half that the scheduler's own point magnifies less; it matters where the network's time was clamped.
-    if sigma > alpha:
-        noise = (noisy - alpha * clean) / sigma
-    else:
-        clean = (noisy - sigma * noise) / alpha
+    clean, noise = clean_and_noise_at(objective, noisy, alpha, sigma, network)
     if family == "edm":  # clean = c_skip * sample + c_out * output (arXiv:2206.00364, eq. 7)
         at = float(scheduler.sigmas[i])
         c_skip, c_out = scheduler.precondition_outputs(1, 0, at), scheduler.precondition_outputs(0, 1, at)

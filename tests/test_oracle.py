@@ -19,9 +19,10 @@ from benchmarks.oracle import (
     all_schedulers,
     build,
     errors,
+    exact_flow,
     oracle_pipeline,
     sample,
-    standard_noise,
+    uncorrelated,
 )
 from ldm_pipeline.models import build_scheduler
 from ldm_pipeline.pipeline import (
@@ -104,10 +105,8 @@ def test_from_the_middle_of_its_timesteps(case):
     objective = OBJECTIVES["flow" if "flow" in case else "epsilon"]
     pipe = oracle_pipeline(objective, build(case), size=8)
     scheduler, condition = pipe.scheduler, Condition()
-    clean, noise = standard_noise(16, 8, seed=1), standard_noise(16, 8, seed=2)
-    noise = noise - clean * (clean * noise).mean((0, 2, 3), keepdim=True)  # exactly uncorrelated
-    noise = noise / noise.std((0, 2, 3), keepdim=True)
-    source = Source((MEAN + DEVIATION * clean).float(), noise.float())
+    clean, noise = uncorrelated(8)
+    source = Source((MEAN + DEVIATION * clean).float(), noise)
 
     def draw(begin, seed=0):
         set_timesteps(scheduler, 60)
@@ -126,8 +125,7 @@ def test_from_the_middle_of_its_timesteps(case):
         set_timesteps(scheduler, 60)
         tau = noise_levels(scheduler, pipe.objective)[begin]
         noisy = (1 - tau) * source.clean + tau * source.noise
-        exact = (noisy - (1 - tau) * MEAN) / torch.sqrt(((1 - tau) * DEVIATION) ** 2 + tau**2)
-        wrong = (latents - MEAN) / DEVIATION - exact
+        wrong = (latents - MEAN) / DEVIATION - exact_flow(noisy, tau)
         assert wrong.square().mean().sqrt() < 0.25
     if scheduler.order == 2:
         with pytest.raises(ValueError, match="cannot start at"):
