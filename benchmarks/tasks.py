@@ -162,6 +162,7 @@ def measure(pipe, splits: datasets.DatasetDict, network, options: argparse.Names
 def load(source: str) -> LDMPipeline:
     """A pipeline without progress bars of its own."""
     pipe = LDMPipeline.from_pretrained(source)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -162,7 +162,8 @@ class CaptionDataset:
         self.lengths = torch.cat([file["lengths"] for file in files])
         self.tokens = [file["tokens"] for file in files]
         self.offsets = torch.cat([file["lengths"].cumsum(0) - file["lengths"] for file in files])
-        if in_device_memory(sum(tokens.nbytes for tokens in self.tokens), device, resident):
+        self.resident = in_device_memory(sum(tokens.nbytes for tokens in self.tokens), device, resident)
+        if self.resident:
             self.tokens = [torch.cat(self.tokens).to(device)]
             self.offsets = self.lengths.cumsum(0) - self.lengths
 
@@ -177,15 +178,18 @@ class CaptionDataset:
 
     def batch(self, numbers: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Tokens (N, length) or (N, length, D) and their mask (N, length) bool of captions by number (N,)."""
-        lengths = self.lengths[numbers]
+        lengths, first = self.lengths[numbers], self.offsets[numbers]
         mask = torch.arange(length) < lengths[:, None]
-        tokens = self.tokens[0].new_zeros(*mask.shape, *self.tokens[0].shape[1:], device=self.device)
-        whole = len(self.tokens) == 1
-        for row, number in enumerate(numbers.tolist()):
-            start, count = int(self.offsets[number]), int(lengths[row])
-            shard = self.tokens[0 if whole else number // SHARD_SIZE]
-            tokens[row, :count] = shard[start : start + count]
-        return tokens, mask.to(self.device)
+        if self.resident:
+            places = torch.where(mask, first[:, None] + torch.arange(length), 0).to(self.device)
+            every, mask = self.tokens[0], mask.to(self.device)
+            kept = mask.view(*mask.shape, *[1] * (every.ndim - 1))
+            return torch.where(kept, every[places], every.new_zeros(())), mask
+        tokens = self.tokens[0].new_zeros(*mask.shape, *self.tokens[0].shape[1:])
+        rows = zip(numbers.tolist(), first.tolist(), lengths.tolist(), strict=True)
+        for row, (number, start, count) in enumerate(rows):
+            tokens[row, :count] = self.tokens[number // SHARD_SIZE][start : start + count]
+        return tokens.to(self.device), mask.to(self.device)
 
 
 def cached_captions(
