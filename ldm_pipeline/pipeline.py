@@ -1013,7 +1013,10 @@ class LDMPipeline(DiffusionPipeline):
             now = replace(guidance, scale=self._guidance_scale, guider=guider)
             return guided(self.objective, self.denoiser, noisy, point, condition, null, now, dtype)
 
-        reaches = step_reaches(scheduler, self.objective) if observation else ()
+        reaches = ()
+        if observation:
+            reaches = step_reaches(scheduler, self.objective)
+            self._hold_models()
 
         def led(noisy, *point):
             reach = reaches[step]
@@ -1034,6 +1037,15 @@ class LDMPipeline(DiffusionPipeline):
                 latents = (callback_on_step_end(self, i, t, values) or {}).get("latents", latents)
         _require_finite(latents, f"latents after {type(scheduler).__name__}", "unet", dtype)
         return latents
+
+    def _hold_models(self):
+        """All networks on the device until the end of the call, where they are offloaded one by one: a
+        network that has been moved away has no backward pass."""
+        if hooks := getattr(self, "_all_hooks", None):
+            device = self._execution_device
+            self.remove_all_hooks()
+            self.to(device)
+            self._all_hooks = hooks  # for `maybe_free_model_hooks`, which offloads again
 
     def _keep(self, source: Source, latents: torch.Tensor, i: int, family: str) -> torch.Tensor:
         """Latents before step i, of the source where the last step was above the noise level of the free."""

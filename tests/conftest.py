@@ -20,8 +20,10 @@ def pytest_configure(config):
     """One core and one thread for each worker and its children: two of two threads wait for each other.
 
     Before torch is imported, as it counts the usable cores. Not in the controller: workers inherit its cores.
+    No GPU: a forked process cannot use one after its parent has looked for it.
     """
     os.environ.pop("OMP_NUM_THREADS", None)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if not config.getoption("numprocesses", None) and hasattr(os, "sched_setaffinity"):
         cores, worker = sorted(os.sched_getaffinity(0)), os.environ.get("PYTEST_XDIST_WORKER", "gw0")
         os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})

@@ -144,6 +144,18 @@ def test_the_gradient_leads_to_what_is_known(name):
     assert (painted[known] == pixels[known]).all() and (painted[~known] != pixels[~known]).any()
 
 
+def test_a_gradient_needs_all_networks_at_once_and_offloading_goes_on_afterwards():
+    small = PICTURE.resize((8, 8))
+    pipes = [tiny_pipe(), tiny_pipe()]
+    pipes[1].enable_model_cpu_offload(device="cpu")  # the hooks of an accelerator, without one
+    options = {"num_inference_steps": 3, "output_type": "pt"}
+    plain, offloaded = (
+        editing.restore(pipe, small, "downscale:2", generator=generators(0), **options) for pipe in pipes
+    )
+    assert torch.equal(plain, offloaded)
+    assert all(hasattr(part, "_hf_hook") for part in (pipes[1].unet, pipes[1].vae))
+
+
 @pytest.mark.parametrize("name", ["PNDM", "LMSDiscrete"])
 def test_schedulers_that_a_gradient_leads_astray_are_refused(name):
     pipe = tiny_pipe(scheduler=build_scheduler(FLOW, name))
