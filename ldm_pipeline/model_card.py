@@ -21,6 +21,29 @@ from ldm_pipeline.pipeline import (
 )
 
 SWEEP_ROWS = 12
+MEANINGS = {  # of metrics, by `metric`
+    "FID": "Frechet distance of Inception features, lower is better",
+    "KID": "kernel distance of Inception features, lower is better",
+    "IS": "Inception score, higher is better",
+    "FD": "Frechet distance of the features below, lower is better",
+    "KD": "kernel distance of the features below, lower is better",
+    "precision": "share of samples that lie among the real images",
+    "recall": "share of real images that lie among the samples",
+    "density": "how densely real images surround a sample",
+    "coverage": "share of real images with a sample near them",
+    "CLIP score": "100 times the cosine of a sample's and its prompt's features in a model of images and "
+    "texts, higher is better",
+    "agreement": "share recognised as the class that was asked for",
+    "classifier score": "like the Inception score, with the classes of the features below, higher is better",
+    "PSNR": "dB, mean over the images, higher is better",
+    "SSIM": "structural similarity, higher is better",
+    "LPIPS": "perceptual distance, lower is better",
+    "hole PSNR": "dB, in the hole alone, mean over the images, higher is better",
+    "hole MAE": "mean absolute error in the hole, of pixels from 0 to 1, lower is better",
+    "consistency PSNR": "dB, samples at the low resolution that they were made from, higher is better",
+    "rFID": "Frechet distance to the originals, Inception features, lower is better",
+    "rFD": "Frechet distance to the originals, lower is better",
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +94,7 @@ def render_card(
     dataset = dataset or record.config.get("data", {}).get("dataset")
     title = " ".join(title.split()) if title else f"Latent diffusion on {dataset or 'images'}"
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=ChainableUndefined)
-    environment.filters |= {f.__name__: f for f in (number, cell, duration, measured, metric)}
+    environment.filters |= {f.__name__: f for f in (number, cell, duration, measured, metric, meaning)}
     names = list((pipe.config.id2label or {}).values())
     text = environment.from_string(template_path().read_text(encoding="utf-8")).render(
         title=title,
@@ -90,8 +113,8 @@ def render_card(
         call=_call(pipe, names, record.metrics),
         loads=image_snippet(pipe.config.get("task"))[0],
         class_names=names,
-        real=_by_metric(record.metrics.get("real", {})),
-        sweep=_sweep(record.sweep),
+        real=by_metric(record.metrics.get("real", {})),
+        sweep=sweep_table(record.sweep, SWEEP_ROWS),
         citation=_citation(title, repo_id, record.metrics.get("date")),
     )
     front = _front_matter(pipe, repo_id, license, dataset, record.metrics)
@@ -156,13 +179,13 @@ def _call(pipe: LDMPipeline, names: list[str], metrics: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ the metrics
-def _by_metric(real: dict) -> dict[str, tuple[str, float]]:
+def by_metric(real: dict) -> dict[str, tuple[str, float]]:
     """Name and value of the metrics of held-out images, by `metric`: the number of images may differ."""
     return {metric(name): (name, value) for name, value in measured(real.get("figures")).items()}
 
 
-def _sweep(sweep: dict) -> dict | None:
-    """The best settings by the metric to rank by, which is the first one if none is named."""
+def sweep_table(sweep: dict, limit: int | None = None) -> dict | None:
+    """The best settings by the metric to rank by, which is the first one if none is named; None: no sweep."""
     rows = [row | {"figures": measured(row.get("figures"))} for row in sweep.get("settings", [])]
     rows = [row for row in rows if row["figures"]]
     if not rows:
@@ -176,7 +199,7 @@ def _sweep(sweep: dict) -> dict | None:
         "samples": sweep.get("protocol", {}).get("n"),
         "metric": rank_by,
         "head": [name.removeprefix("num_").replace("_", " ") for name in settings] + metrics,
-        "rows": [[*map(row.get, settings), *map(row["figures"].get, metrics)] for row in rows[:SWEEP_ROWS]],
+        "rows": [[*map(row.get, settings), *map(row["figures"].get, metrics)] for row in rows[:limit]],
     }
 
 
@@ -250,9 +273,18 @@ def duration(seconds) -> str:
     return f"{seconds / (size or 1):.1f} {unit}"
 
 
+def meaning(name: str) -> str:
+    """What a metric tells, and which values are good."""
+    return "standard deviation" if name.endswith(" deviation") else MEANINGS.get(metric(name), "")
+
+
+def plain(value) -> str:
+    """A value as text in one line."""
+    if isinstance(value, dict):
+        value = ", ".join(f"{name} {number(entry) or entry}" for name, entry in value.items())
+    return " ".join((number(value) or ("" if value is None else str(value))).split())
+
+
 def cell(value) -> str:
     """Text for a cell of a Markdown table, without line breaks, column borders or HTML."""
-    if isinstance(value, dict):
-        value = ", ".join(f"{name} {entry}" for name, entry in value.items())
-    text = number(value) or ("" if value is None else str(value))
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return plain(value).replace("|", "\\|").replace("<", "&lt;")

@@ -50,8 +50,8 @@ def contents(run: Path) -> dict:
     found = {}
     for path in run.rglob("*"):
         name = path.relative_to(run).as_posix()
-        if path.is_dir() or name == LOCK or name.startswith("logs/"):
-            continue
+        if path.is_dir() or name in (LOCK, "report.html") or name.startswith("logs/"):
+            continue  # the report shows the other files, and rates
         if path.suffix == ".json":
             found[name] = _untimed(json.loads(path.read_text()))
         elif path.suffix == ".jsonl":

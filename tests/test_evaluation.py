@@ -253,7 +253,7 @@ def test_metrics_while_training(tmp_path):
     launch("train_ldm.py", "--output_dir", tmp_path / "run", "--evaluation.num_samples", "0", *options)
     found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in found if "FD-20" in line] == [6, 12]
-    assert Image.open(tmp_path / "run" / "samples" / "curve.png").size[0] > 600
+    assert "FD-20 from " in (tmp_path / "run" / "report.html").read_text()  # a curve in words
     assert [path.name[:10] for path in (tmp_path / "run" / "evaluation").iterdir()] == ["real-train"]
     assert "samples" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
 

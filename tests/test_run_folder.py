@@ -23,7 +23,8 @@ def finished(tmp_path):
     run = open_folder(configure(tmp_path / "run"))
     for name in ("autoencoder", "latents", "denoiser", "pipeline"):
         (run / name).mkdir()
-    (run / "metrics.json").write_text("{}")
+    for name in ("metrics.json", "samples/autoencoder-0000012.png", "samples/denoiser-0000012-ema.png"):
+        (run / name).write_text("{}")
     return run
 
 
@@ -41,6 +42,7 @@ def test_redo_drops_the_stage_and_what_depends_on_it_once(finished):
     again = configure(finished, "--redo", "[denoiser]")
     open_folder(again)
     assert results(finished) == {"autoencoder", "latents"}
+    assert [path.name for path in (finished / "samples").iterdir()] == ["autoencoder-0000012.png"]
     (finished / "denoiser").mkdir()
     open_folder(again)  # the same command, after a crash
     assert results(finished) == {"autoencoder", "latents", "denoiser"}

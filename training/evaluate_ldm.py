@@ -34,7 +34,7 @@ from training.evaluation.features import (
 from training.evaluation.memorization import memorization
 from training.evaluation.metrics import MIN_SAMPLES, FrechetDistance, Reference, metric_name
 from training.evaluation.plots import to_uint8
-from training.evaluation.report import circumstances, protocol_of, report
+from training.evaluation.protocol import circumstances, in_words, protocol_of
 from training.evaluation.samples import SampleMetrics, Sampler, new_sampler, pipeline_sha256
 from training.evaluation.settings import SamplingSettings
 from training.evaluation.store import BatchStore, cache_key
@@ -102,7 +102,7 @@ def evaluate(run: Run) -> None:
     results |= circumstances(run, pipeline) | {"key": key}
     if run.accelerator.is_main_process:
         write_json(run.folder / "metrics.json", results)
-    run.print(report(results))
+    run.print(in_words(results))
     if missing:
         command = f"python training/evaluate_ldm.py --config {run.folder / 'config.yaml'}"
         run.print(
@@ -241,6 +241,7 @@ def summary(run: Run) -> str:
     return "\n".join([
         f"grid:     {run.folder / 'samples' / 'samples.png'}",
         f"metrics:  {run.folder / 'metrics.json'}",
+        f"report:   {run.folder / 'report.html'}",
         f"pipeline: {run.folder / 'pipeline'}",
         "",
         "from ldm_pipeline import LDMPipeline",

@@ -9,6 +9,7 @@ import torch
 from training.config import Config, RunError, fail
 from training.dry_run import describe_plan, save_data_grid
 from training.evaluation.checks import check_evaluation
+from training.evaluation.report import renew_report
 from training.runtime.checkpoints import found_checkpoints
 from training.runtime.folder import close_folder
 from training.runtime.run import Run, start
@@ -55,7 +56,10 @@ def run_stages(config: Config, *stages: Stage) -> Run | None:
 
 
 def run_stage(run: Run, stage: Stage) -> None:
-    """Run one stage unless its result stands. RunError says where the run can go on from."""
+    """Run one stage unless its result stands. RunError says where the run can go on from.
+
+    However it ends, the report of the run is renewed.
+    """
     try:
         run.interruption.check()
         if line := stage.stands(run):
@@ -75,6 +79,8 @@ def run_stage(run: Run, stage: Stage) -> None:
     except Interrupted:
         run.print(f"stopped in stage {stage.name}; {continuation(run, stage)}")
         sys.exit(EXIT_CODE)
+    finally:
+        renew_report(run)
 
 
 def continuation(run: Run, stage: Stage) -> str:

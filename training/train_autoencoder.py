@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from training.config import RunError
 from training.data.order import StepSampler, batch_slices, seeded_generator
+from training.evaluation.report import renew_report
 from training.evaluation.validation import reconstruction_metrics
 from training.losses.autoencoder import (
     AutoencoderLoss,
@@ -146,6 +147,9 @@ def train_autoencoder(run: Run) -> None:
                 checkpoints.save(accelerator, step + 1, {"seconds": log.seconds})
         if stopping:
             raise Interrupted
+        if log.due(config.validate_every, config.checkpoint_every):
+            with log.paused():
+                renew_report(run)
 
     # The result has the EMA weights.
     log.close()

@@ -22,6 +22,7 @@ from training.data.latents import LatentDataset
 from training.data.order import StepSampler, batch_flips, batch_indices, batch_slices, seeded_generator
 from training.data.tasks import image_conditions, task_of
 from training.evaluation.monitor import start_monitor
+from training.evaluation.report import renew_report
 from training.evaluation.samples import new_sampler
 from training.evaluation.settings import SamplingSettings
 from training.evaluation.validation import validation_loss
@@ -176,6 +177,9 @@ def train_denoiser(run: Run) -> None:
                 checkpoints.save(accelerator, step + 1, {"seconds": log.seconds, "latents": key})
         if stopping:
             raise Interrupted
+        if log.due(config.validate_every, config.sample_every, config.checkpoint_every):
+            with log.paused():
+                renew_report(run)
 
     # The result has the EMA weights.
     log.close()

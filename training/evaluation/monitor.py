@@ -1,10 +1,7 @@
 """Metrics of samples while the denoiser is trained."""
 
-import json
-
 from training.evaluation.features import load_network, real_features, why_unavailable
-from training.evaluation.metrics import Reference, ranking_metric
-from training.evaluation.plots import save_curve
+from training.evaluation.metrics import Reference
 from training.evaluation.samples import SampleMetrics, Sampler
 from training.evaluation.settings import SamplingSettings
 from training.evaluation.store import BatchStore
@@ -21,7 +18,7 @@ def start_monitor(run: Run, sampler: Sampler) -> "Monitor | None":
 
 
 class Monitor:
-    """Metrics of few samples while the denoiser is trained, always from the same noise, and their plot."""
+    """Metrics of few samples while the denoiser is trained, always from the same noise."""
 
     def __init__(self, run: Run, sampler: Sampler):
         self.run, self.count = run, run.config.denoiser.evaluate_samples
@@ -41,12 +38,4 @@ class Monitor:
         metrics = self.metrics.measure(settings, self.count, folder.name)
         if main:
             discard(folder)
-            self._plot(step, metrics)
         return metrics
-
-    def _plot(self, step: int, metrics: dict[str, float]) -> None:
-        name = ranking_metric(metrics)
-        log = (self.run.folder / "metrics.jsonl").read_text(encoding="utf-8")
-        lines = [line for line in map(json.loads, log.splitlines()) if line["stage"] == "denoiser"]
-        values = {line["step"]: line[name] for line in lines if name in line}
-        save_curve(values | {step: metrics[name]}, name, self.run.folder / "samples" / "curve.png")

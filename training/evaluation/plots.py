@@ -58,14 +58,6 @@ def save_grid(
     write_bytes(path, buffer.getvalue())
 
 
-def save_curve(values: dict[int, float], name: str, path: Path) -> None:
-    """Plot the metric `name` by training step."""
-    axes = _axes("denoiser step", name)
-    axes.plot(list(values), list(values.values()), marker="o", color="#1f77b4")
-    axes.set_ylim(0, 1.08 * max(values.values()))
-    _save(axes, path)
-
-
 def save_sweep(rows: list[dict], name: str, path: Path) -> None:
     """Plot the metric `name` of every setting; the lowest is marked.
 

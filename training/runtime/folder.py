@@ -18,12 +18,15 @@ from training.options import options
 from training.runtime.atomic import clean_up, discard, write_bytes
 from training.runtime.checkpoints import found_checkpoints
 
-# The stages in order, and what each leaves in the run folder.
+# The stages in order, and what each leaves in the run folder: patterns, the first one a name.
 STAGES = {
-    "autoencoder": ["autoencoder"],
+    "autoencoder": ["autoencoder", "samples/autoencoder-*.png"],
     "latents": ["latents"],
-    "denoiser": ["denoiser", "pipeline"],
-    "evaluation": ["metrics.json", "evaluation", "sweep"],
+    "denoiser": ["denoiser", "pipeline", "samples/denoiser-*.png"],
+    "evaluation": [
+        *("metrics.json", "evaluation", "sweep"),
+        *("samples/samples.png", "samples/reconstructions.png", "samples/neighbours.png"),
+    ],
 }
 
 
@@ -140,9 +143,8 @@ def open_folder(config: Config) -> Path:
     """
     run = Path(config.output_dir)
     if config.redo and config.redo != read_stored(run).get("redo"):
-        for result in [
-            run / name for stage in list(STAGES)[_first_redone(config) :] for name in STAGES[stage]
-        ]:
+        patterns = [pattern for stage in list(STAGES)[_first_redone(config) :] for pattern in STAGES[stage]]
+        for result in [path for pattern in patterns for path in run.glob(pattern)]:
             discard(result)
     (run / "samples").mkdir(parents=True, exist_ok=True)
     _write(run, _remembered(config) | {"redo": config.redo})

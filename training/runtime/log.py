@@ -149,9 +149,9 @@ class RunLog:
             "set --mixed_precision no"
         )
 
-    def due(self, every: int) -> bool:
-        """Whether the present step is the last one or a multiple of `every`."""
-        return self.step % every == 0 or self.step == self.config.max_steps
+    def due(self, *every: int) -> bool:
+        """Whether the present step is the last one or a multiple of one of `every`."""
+        return self.step == self.config.max_steps or any(self.step % each == 0 for each in every)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
