@@ -4,16 +4,15 @@ Options have the names of the Python arguments. Pictures are written as PNG, wit
 in the text "parameters".
 """
 
-import json
 import sys
 from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from ldm_pipeline import LDMPipeline, editing
+from ldm_pipeline.commands import CALLS, known_prompts, load, operate, read_picture, save, save_animation
 from ldm_pipeline.pipeline import _as_list, text_width
 
 COMMANDS = {  # (what it does, how many pictures it takes, its lists of conditions)
@@ -28,7 +27,7 @@ COMMANDS = {  # (what it does, how many pictures it takes, its lists of conditio
     "restore": ("make pictures of small, grey or blurred ones", "+", ("condition",)),
     "classify": ("rank conditions for each picture", "+", ("candidates",)),
 }
-CALLS = ("sample", "inpaint")  # the call of the pipeline; the others are functions of `editing`
+PAGE = "serve a page that draws and edits in a browser"
 # Arguments that only Python can give, and those that this file adds in its own way.
 NOT_OPTIONS = {"guider", "latents", "output_type", "return_dict", "callback_on_step_end", "pipe", "image"}
 NOT_OPTIONS |= {"callback_on_step_end_tensor_inputs", "generator", "mask_image", "degradation", "batch_size"}
@@ -58,32 +57,26 @@ def command_line() -> ArgumentParser:
         if name == "restore":
             own.add_argument("--degradation", type=str, required=True, help="downscale:F, grey or blur:S")
         own.add_argument("--seed", type=int, default=0, help="of the first picture; each next has the next")
-        own.add_argument("--device", type=str, help="cuda, mps or cpu; by default the best that is there")
-        own.add_argument("--dtype", type=str, default="float32", help="float32, bfloat16 or float16")
+        add_machine(own)
         files = "folder of the pictures; interpolate also makes a .webp or .gif"
         own.add_argument("--output", type=Path, default=Path("."), help=files)
         commands.add_subcommand(name, own, help=about)
+    own = ArgumentParser(description=PAGE)
+    own.add_argument("model", type=str, help="pipeline folder, or its id on the Hub")
+    own.add_argument("--prompts", nargs="+", type=str, default=[], help="examples for a model with text")
+    own.add_argument(
+        "--host", type=str, help="address to serve at; by default this machine alone sees the page"
+    )
+    own.add_argument("--port", type=int, help="by default the first free one from 7860")
+    add_machine(own)
+    commands.add_subcommand("app", own, help=PAGE)
     return parser
 
 
-def read_picture(path: str) -> Image.Image:
-    """The picture of a file; ValueError where it cannot be read."""
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-
-
-def load(model: str, device: str | None, dtype: str) -> LDMPipeline:
-    """The pipeline where and as it shall run."""
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype {dtype}; wanted float32, bfloat16 or float16")
-    if device is None:
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    return LDMPipeline.from_pretrained(model).to(device, getattr(torch, dtype))
+def add_machine(parser: ArgumentParser) -> None:
+    """Options of where and how a model runs."""
+    parser.add_argument("--device", type=str, help="cuda, mps or cpu; by default the best that is there")
+    parser.add_argument("--dtype", type=str, default="float32", help="float32, bfloat16 or float16")
 
 
 def conditions_of(words: list[str] | None, classes: bool):
@@ -101,6 +94,8 @@ def count(options: dict) -> int:
 
 def run(command: str, options: dict) -> list:
     """Do a command; the files that it wrote, or the lines that it found."""
+    if command == "app":
+        return open_page(**options)
     own = {name: options.pop(name) for name in OWN}
     said = {"command": command, "model": own["model"], "image": own["image"], "dtype": own["dtype"]}
     said |= {name: value for name, value in options.items() if value is not None}
@@ -123,29 +118,22 @@ def run(command: str, options: dict) -> list:
     if command in CALLS and options["mask_image"]:
         options["mask_image"] = [read_picture(path) for path in options["mask_image"]]
     number = count(options) if command in CALLS else 2 if command == "interpolate" else len(own["image"])
-    options["generator"] = [torch.Generator().manual_seed(seed + index) for index in range(number)]
-    drawn = pipe(**options).images if command in CALLS else getattr(editing, command)(pipe, **options)
+    drawn = operate(pipe, command, options, seed, number)
     if animation:
-        own["output"].parent.mkdir(parents=True, exist_ok=True)
-        drawn[0].save(
-            own["output"], save_all=True, append_images=drawn[1:] + drawn[-2:0:-1], duration=100, loop=0
-        )
-        return [own["output"]]
+        return [save_animation(drawn, own["output"])]
     return [
         save(picture, own["output"], command, said | {"seed": seed + (index if number == len(drawn) else 0)})
         for index, picture in enumerate(drawn)
     ]
 
 
-def save(picture: Image.Image, folder: Path, name: str, parameters: dict) -> Path:
-    """Write a picture with its parameters under the next free number of a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    info, number = PngInfo(), 0
-    info.add_text("parameters", json.dumps(parameters))
-    while (path := folder / f"{name}-{number:04d}.png").exists():
-        number += 1
-    picture.save(path, pnginfo=info)
-    return path
+def open_page(model: str, prompts: list[str], host: str | None, port: int | None, device, dtype: str) -> list:
+    """Serve the page of a model until Ctrl-C."""
+    from ldm_pipeline.app import Page, serve  # here, because only this needs Gradio
+
+    pipe = load(model, device, dtype)
+    serve(Page(pipe, model, prompts or known_prompts(model)).build(), host, port)
+    return []
 
 
 def main() -> None:
@@ -153,7 +141,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         written = run(options.command, options[options.command].as_dict())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     print(*written, sep="\n")
 

@@ -831,7 +831,7 @@ class LDMPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "text_encoder->guide_unet->unet->vae"
     _optional_components = ["text_encoder", "tokenizer", "guide_unet"]
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = ["latents", "clean"]
     _defaults = ("num_inference_steps", "autoguidance", *(f"guidance_{name}" for name in _GUIDANCE))
     _guidance_scale, _num_timesteps = 1.0, 0  # of the running or last call; a callback may set the scale
 
@@ -1013,27 +1013,32 @@ class LDMPipeline(DiffusionPipeline):
             now = replace(guidance, scale=self._guidance_scale, guider=guider)
             return guided(self.objective, self.denoiser, noisy, point, condition, null, now, dtype)
 
-        reaches = ()
+        reaches, clean = (), latents
         if observation:
             reaches = step_reaches(scheduler, self.objective)
             self._hold_models()
 
-        def led(noisy, *point):
-            reach = reaches[step]
-            return observed(self.objective, observation, network, self._decode, noisy, point, reach)
+        def predict(noisy, *point):
+            nonlocal clean
+            prediction = network(noisy, *point)
+            if observation:
+                given = observation, network, self._decode, noisy, point, reaches[step]
+                prediction = observed(self.objective, *given)
+            clean, _ = self.objective.clean_and_noise(prediction, noisy, *point[1:])
+            return prediction
 
         for i, t in enumerate(self.progress_bar(timesteps)):
             if guider is not None:
                 guider.set_state(i, len(timesteps), t)
             step = (begin + i) // scheduler.order  # of two stages
             with _suited(scheduler, family):
-                f = led if observation else network
-                output = scheduler_prediction(scheduler, self.objective, begin + i, t, latents, f)
+                output = scheduler_prediction(scheduler, self.objective, begin + i, t, latents, predict)
                 latents = scheduler.step(output, t, latents, **step_kwargs)[0]
             if source is not None and source.free is not None:
                 latents = self._keep(source, latents, begin + i + 1, family)
             if callback_on_step_end is not None:
-                values = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
+                values = {"latents": latents, "clean": clean}
+                values = {name: values[name] for name in callback_on_step_end_tensor_inputs}
                 latents = (callback_on_step_end(self, i, t, values) or {}).get("latents", latents)
         _require_finite(latents, f"latents after {type(scheduler).__name__}", "unet", dtype)
         return latents
@@ -1134,7 +1139,8 @@ class LDMPipeline(DiffusionPipeline):
                 normalised latents (N, C, H, W).
             return_dict: an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: f(pipe, i, t, kwargs) -> dict; may return other "latents".
-            callback_on_step_end_tensor_inputs: what of `_callback_tensor_inputs` it gets in kwargs.
+            callback_on_step_end_tensor_inputs: what it gets in kwargs: "latents", and "clean", the clean
+                latents that the network predicted last, for previews.
             eta: stochasticity of DDIM and TCD, 0 to 1.
 
         Raises:

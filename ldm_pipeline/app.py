@@ -1,0 +1,259 @@
+"""The page of a model: drawing, editing and watching in a browser, on this machine or as a Space.
+
+It calls the pipeline and `editing`, and computes nothing of its own. All that it shows comes from the machine
+that serves it: no font, script or count of visits is asked of another.
+"""
+
+import random
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlencode
+
+try:
+    import spaces  # of a Space with ZeroGPU, where it wants to come before torch
+except ImportError:
+    spaces = None
+try:
+    import gradio as gr
+except ImportError as error:
+    raise ImportError("the page needs Gradio: pip install -e '.[app]' in the checkout") from error
+from PIL import Image
+
+from ldm_pipeline import commands
+from ldm_pipeline.fields import CANVAS, PAINT, component, look_of
+from ldm_pipeline.tabs import SETTINGS, Example, Operation, Tabs, value_of
+
+PICTURES = ("image", "other", "canvas")
+ADDRESS = "q => { const u = new URL(location); u.search = q; history.replaceState(0, '', u); return u.href }"
+FONT = ["system-ui", "sans-serif"]  # of the machine that looks
+CSS = """
+.picture img { width: 100%; height: 100%; object-fit: contain }
+.gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(90px, 1fr)) !important }
+.small img { image-rendering: pixelated }
+.status { min-height: 1.5em }
+"""
+QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+MODEL = QUIET | {"concurrency_id": "model", "concurrency_limit": 1}  # one at a time; the others wait
+
+
+@contextmanager
+def explained():
+    """What the reader of the page can mend, as a message in it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise gr.Error(str(error), duration=None, print_exception=False) from error
+
+
+class Page:
+    """The page of one pipeline.
+
+    Args:
+        model: folder or Hub id, as the page shows it and writes it into pictures.
+        prompts: examples for a model with text.
+    """
+
+    def __init__(self, pipe, model: str, prompts=()):
+        self.pipe, self.model, self.tabs = pipe, model, Tabs(pipe, prompts)
+        pipe.set_progress_bar_config(disable=True)
+        self.running: dict[str, threading.Event] = {}  # by session: set, it stops what is drawn
+        self.drawn = spaces.GPU(self._drawn) if spaces else self._drawn
+        self.fields: dict[str, dict] = {}  # of each tab, its components by name
+
+    # ---- what is seen
+    def build(self) -> gr.Blocks:
+        """All of the page."""
+        with gr.Blocks(title=self.model, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+            gr.Markdown(self.tabs.heading(self.model))
+            with gr.Tabs() as tabs:
+                for name, operation in self.tabs.operations.items():
+                    with gr.Tab(operation.title, id=name):
+                        self._tab(name, operation)
+            every = [component for fields in self.fields.values() for component in fields.values()]
+            page.load(self.open_link, None, [tabs, *every], **QUIET)
+        return page
+
+    def _tab(self, kind: str, operation: Operation) -> None:
+        gr.Markdown(operation.about)
+        with gr.Row():
+            with gr.Column(min_width=300):
+                fields = self.fields[kind] = self._components(kind, operation.fields)
+                with gr.Row():
+                    start = gr.Button(operation.title, variant="primary", elem_id=f"{kind}-start")
+                    cancel = gr.Button("Cancel", elem_id=f"{kind}-cancel")
+                examples = self.tabs.examples(kind)
+                table = gr.Dataset(
+                    samples=[[each.title] for each in examples], components=[gr.Textbox(visible=False)],
+                    type="index", label="Examples", elem_id=f"{kind}-examples",
+                )  # fmt: skip
+            with gr.Column(min_width=300):
+                outputs = [*self._results(kind), fields["seed"]]
+        (gallery, status, link, frame, *_), inputs, run = outputs, list(fields.values()), self.runner(kind)
+        started = start.click(run, inputs, outputs, **MODEL | {"api_visibility": "public", "api_name": kind})
+        filled = table.click(self.filler(kind, examples), table, inputs, **MODEL)
+        again = filled.success(run, inputs, outputs, **MODEL)
+        for each in (started, again):
+            each.success(None, link, link, js=ADDRESS, **QUIET)
+        cancel.click(self.cancel, None, status, cancels=[started, filled, again], queue=False, **QUIET)
+        frame.input(lambda n: gr.Gallery(selected_index=n - 1), frame, gallery, queue=False, **QUIET)
+        if "batch_size" in fields:
+            gallery.select(use_seed, None, [fields["seed"], fields["new_seed"]], queue=False, **QUIET)
+
+    def _results(self, kind: str) -> list:
+        """Pictures, status, link, and of rows a slider over them and one that moves."""
+        look = {"buttons": ["download", "fullscreen"], "format": "png", "object_fit": "contain"}
+        moving = {"buttons": look["buttons"], "height": 240, "interactive": False}
+        moving["elem_classes"] = look_of(self.pipe, "picture")
+        look |= {"show_label": False, "elem_classes": look_of(self.pipe, "gallery")}
+        return [
+            gr.Gallery(label="Pictures", elem_id=f"{kind}-pictures", **look),
+            gr.Markdown(elem_id=f"{kind}-status", elem_classes="status"),
+            gr.Textbox(label="Link to these settings", buttons=["copy"], elem_id=f"{kind}-link"),
+            gr.Slider(1, 2, 1, step=1, label="Step", visible=False, elem_id=f"{kind}-frame"),
+            gr.Image(label="As one that moves", visible=False, elem_id=f"{kind}-moving", **moving),
+        ]
+
+    def _components(self, kind: str, names: tuple[str, ...]) -> dict:
+        """The fields of a tab by name, of which some are folded."""
+        folded = {"Settings": SETTINGS}
+        if kind == "interpolate":
+            folded = {"Two pictures of yours": ("image", "other")} | folded
+        rest = [name for name in names if name not in sum(folded.values(), ())]
+        fields = {name: component(self.tabs, kind, name) for name in rest}
+        for title, inside in folded.items():
+            with gr.Accordion(title, open=False, elem_id=f"{kind}-{title.split()[0].lower()}"):
+                fields |= {name: component(self.tabs, kind, name) for name in names if name in inside}
+        return fields
+
+    # ---- what happens
+    def _drawn(self, session: str, *request):
+        """What `commands.stream` gives. On ZeroGPU another process runs this, on copies of its arguments."""
+        stop = self.running.setdefault(session, threading.Event())
+        yield from commands.stream(self.pipe, stop, *request)
+
+    def runner(self, kind: str):
+        """The function of a tab's button, which yields pictures, progress and the link."""
+        film, rows, same = kind == "film", kind in ("film", "interpolate"), gr.skip()
+
+        def run(request: gr.Request, *values):
+            given = dict(zip(self.fields[kind], values, strict=True))
+            given["seed"] = seed = random.randrange(100_000) if given.pop("new_seed") else given["seed"] or 0
+            said = {name: value for name, value in given.items() if name not in PICTURES and value != ""}
+            scheduler = given.get("scheduler", type(self.pipe.scheduler).__name__)
+            begun, session = time.monotonic(), request.session_hash
+            with explained(), tempfile.TemporaryDirectory() as folder:
+                command, options, number = self.tabs.asked(kind, given)
+                asked = command, options, seed, number, scheduler, film
+                try:
+                    for progress, pictures in self.drawn(session, *asked):
+                        if progress:
+                            yield pictures or same, progress, same, same, same, seed
+                except commands.Stopped:
+                    yield same, "cancelled", same, same, same, same
+                    return
+                finally:
+                    self.running.pop(session, None)
+                own = {"image": [Path(given[name]).name for name in PICTURES[:2] if given.get(name)]}
+                told = {
+                    "command": command,
+                    "model": self.model,
+                    "dtype": str(self.pipe.dtype)[6:],
+                    **said,
+                    **own,
+                }
+                files, moving = [], None
+                for i, picture in enumerate(pictures):
+                    told["seed"] = seed if rows else seed + i
+                    file = commands.save(picture, Path(folder), kind, told)
+                    files.append((str(file), f"{i + 1} of {len(pictures)}" if rows else f"seed {seed + i}"))
+                if rows:
+                    moving = commands.save_animation(pictures, Path(folder) / f"{kind}.webp", not film)
+                last = len(files)
+                yield (
+                    gr.Gallery(files, selected_index=last - 1) if film else files,
+                    f"done in {time.monotonic() - begun:.1f} s",
+                    f"?{urlencode({'tab': kind, **said})}",
+                    gr.Slider(maximum=last, value=last, visible=True) if film and last > 1 else same,
+                    gr.Image(moving, visible=True) if rows else same,
+                    seed,
+                )
+
+        return run
+
+    def filler(self, kind: str, examples: list[Example]):
+        """The function of a tab's examples: their values of its fields, with the picture drawn."""
+
+        def fill(index: int):
+            example, fields = examples[index], self.fields[kind]
+            values = {"seed": 0, "new_seed": False} | example.values
+            if picture := {"image", "canvas"} & set(fields) and kind != "interpolate":
+                with explained():
+                    picture = self.tabs.source(example)
+            if "canvas" in fields:
+                picture = picture.resize((CANVAS, CANVAS), Image.Resampling.NEAREST)
+                mask = Image.new("RGBA", picture.size)
+                mask.paste(PAINT, (CANVAS // 2, 0, CANVAS, CANVAS))
+                values["canvas"] = {"background": picture, "layers": [mask], "composite": picture}
+            elif picture:
+                values["image"] = picture
+            return [values.get(name, gr.skip()) for name in fields]
+
+        return fill
+
+    def cancel(self, request: gr.Request) -> str:
+        """Stop what this visitor has begun."""
+        if stop := self.running.get(request.session_hash):
+            stop.set()
+        return "cancelled"
+
+    def open_link(self, request: gr.Request) -> list:
+        """The tab and the values of its fields that the link says."""
+        said = dict(request.query_params)
+        kind = said.get("tab", next(iter(self.fields)))
+        with explained():
+            if kind not in self.fields:
+                raise ValueError(
+                    f"the link asks for the tab {kind!r}; this model has: {', '.join(self.fields)}"
+                )
+            found = {name: value_of(field, name, said[name]) for name, field in self.fields[kind].items()
+                     if name in said and name not in PICTURES}  # fmt: skip
+        found |= {"new_seed": False} if "seed" in found else {}
+        every = [(tab, name) for tab, fields in self.fields.items() for name in fields]
+        values = [found.get(name, gr.skip()) if tab == kind else gr.skip() for tab, name in every]
+        return [gr.Tabs(selected=kind), *values]
+
+
+def use_seed(event: gr.SelectData) -> tuple:
+    """The seed of the picture that was chosen, for all that follow."""
+    return int(event.value["caption"].removeprefix("seed ")), False
+
+
+def unavailable(model: str, error: Exception) -> gr.Blocks:
+    """The page in place of a model that cannot be loaded."""
+    with gr.Blocks(title=model, analytics_enabled=False) as page:
+        gr.Markdown(
+            f"## {model} cannot be loaded\n{error}\n\nIt may have been renamed, deleted or made private. "
+            "A Space reads a private one with a token as its secret `HF_TOKEN`. Then restart it."
+        )
+    return page
+
+
+def serve(page: gr.Blocks, host: str | None = None, port: int | None = None, **options):
+    """Serve a page, by default on this machine alone at the first free port from 7860; ends with Ctrl-C."""
+    look = {"theme": gr.themes.Base(font=FONT, font_mono=["ui-monospace", "monospace"]), "css": CSS}
+    private = {"share": False, "run_history": False, "footer_links": [], "ssr_mode": False}
+    limits = {"show_error": True, "max_file_size": "20mb"}
+    page.queue(max_size=32)
+    return page.launch(server_name=host, server_port=port, **look, **private, **limits, **options)
+
+
+def main(model: str, prompts=()) -> None:
+    """Serve a model as a Space."""
+    try:
+        page = Page(commands.load(model), model, prompts).build()
+    except (OSError, ValueError) as error:
+        page = unavailable(model, error)
+    serve(page)
