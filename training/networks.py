@@ -75,7 +75,8 @@ def pretrained_text_encoder(config: DenoiserConfig) -> tuple | None:
 def text_width_of(config: DenoiserConfig, text: tuple | None) -> int | None:
     """Width D of the encoded text `(N, L, D)`, or None; `text`: tokenizer and encoder, if they are loaded."""
     if text:
-        return encode_tokens(text[1], *tokenize(*text, [""])).shape[-1]
+        empty = (each.to(text[1].device) for each in tokenize(*text, [""]))
+        return encode_tokens(text[1], *empty).shape[-1]
     return WORDS_WIDTH if config.text_encoder else None
 
 

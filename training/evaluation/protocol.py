@@ -2,7 +2,7 @@
 
 import platform
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -57,7 +57,14 @@ def circumstances(run: Run, pipeline: LDMPipeline) -> dict:
 def versions() -> dict[str, str]:
     """The packages that metrics may depend on."""
     names = ("torch", "diffusers", "accelerate", "torchmetrics", "ldm-pipeline")
-    return {name: version(name) for name in names}
+    return {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # a checkout that is on the path, without an installation
+        return "not installed"
 
 
 def precision(run: Run) -> str:
