@@ -2,9 +2,10 @@
 
     python benchmarks/editing.py runs/digits --features digits
 
-- inpaint: the right half, or a random box, by latent blending, by the gradient, by `--inpaint`, a model that
-  was trained for it, and by a plain blending written here, whose scheduler is Euler's and whose hole is grey.
+- inpaint: the right half, or a random box, by latent blending, by the gradient, and by a plain blending
+  written here, whose scheduler is Euler's and whose hole is grey.
 - restore: x2 and x4 super-resolution and colorization by the gradient, beside bicubic and grey pictures.
+  Beside both: the models of `--trained`, which were trained for the task.
 - edit: another class by image to image (SDEdit), inversion and FlowEdit, at several strengths.
 - shift: the direction between two classes.
 - classify: the diffusion classifier, for each picture among all classes, or among its own caption and others.
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.tasks import load
 from ldm_pipeline import editing
-from ldm_pipeline.pipeline import is_conditional, resize, text_width
+from ldm_pipeline.pipeline import Task, is_conditional, resize, text_width
 from training.config import parse_config
 from training.data.images import load_images
 from training.data.order import seeded_generator
@@ -39,6 +40,12 @@ OPERATIONS = ("inpaint", "restore", "edit", "shift", "classify", "memory")
 GRID_ROWS = 5
 
 
+def operation_of(task: Task) -> str:
+    """What a trained task is called here."""
+    names = {"superres": f"downscale:{task.config.get('factor')}", "colorize": "grey"}
+    return names.get(task.kind, task.kind)
+
+
 class Bench:
     """The model, held-out pictures (N, C, H, W) in [0, 1] with their classes (N,), and their judge."""
 
@@ -46,6 +53,7 @@ class Bench:
         config = parse_config(["--config", str(options.run / "config.yaml")], stages=())
         self.options, self.pipe = options, load(str(options.run / "pipeline"))
         self.texts = text_width(self.pipe.denoiser) > 0
+        self.trained = {operation_of(pipe.task): pipe for pipe in map(load, options.trained)}
         data = load_images(config.data, captioned=self.texts)
         self.network = load_network(options.features)
         held = data.held_out
@@ -120,12 +128,11 @@ def inpaint(bench: Bench) -> None:
             0, side // 2, (2,), generator=seeded_generator("cpu", "box", index)
         ).tolist()
         box[index, :, top : top + side // 2, left : left + side // 2] = True
-    trained = load(bench.options.inpaint) if bench.options.inpaint else None
     for name, hole in {"half": half, "box": box}.items():
-        inpaint_hole(bench, name, hole, trained)
+        inpaint_hole(bench, name, hole)
 
 
-def inpaint_hole(bench: Bench, name: str, hole: Tensor, trained) -> None:
+def inpaint_hole(bench: Bench, name: str, hole: Tensor) -> None:
     pipe, images, labels = bench.pipe, bench.images, bench.labels
     steps = bench.options.num_inference_steps
 
@@ -143,7 +150,7 @@ def inpaint_hole(bench: Bench, name: str, hole: Tensor, trained) -> None:
 
     methods = {"plain latent blending": plain, "blend": lambda *given: call(pipe, *given)}
     methods["gradient"] = lambda *given: call(pipe, *given, method="gradient")
-    if trained:
+    if trained := bench.trained.get("inpaint"):
         methods["trained for it"] = lambda *given: call(trained, *given)
     methods["the original through the autoencoder"] = autoencoded
     rows, shown = [], []
@@ -174,6 +181,13 @@ def restore(bench: Bench) -> None:
 
         results = {"grey" if name == "grey" else "bicubic": (naive, 0.0)}
         results["restore"] = bench.draw(restored)
+        if model := bench.trained.get(name):
+
+            def learned(part, generators, model=model, given=given):
+                more = {"num_inference_steps": options.restore_steps, "guidance_scale": 1.0}
+                return model(image=given[part], generator=generators, output_type="pt", **more).images
+
+            results["trained for it"] = bench.draw(learned)
         rows = []
         for key, (drawn, seconds) in results.items():
             psnr = -10 * (drawn - images).square().flatten(1).mean(1).log10().mean()
@@ -182,7 +196,7 @@ def restore(bench: Bench) -> None:
             rows.append([key, fd, right, psnr.item(), consistency.item(), seconds])
         title = f"{name}, {len(images)} pictures, {options.restore_steps} evaluations each"
         table(title, ["result", "FD", "read", "PSNR", "error of the degraded", "seconds"], rows)
-        columns += [naive, results["restore"][0]]
+        columns += [drawn for drawn, _ in results.values()]
     grid(bench, "restore", [*columns, images])
 
 
@@ -311,7 +325,7 @@ def main():
     parser.add_argument("run", type=Path, help="run folder of a model of classes or captions")
     parser.add_argument("--features", required=True, help="network with logits, as of --evaluation.features")
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS)
-    parser.add_argument("--inpaint", help="pipeline folder of the task inpaint")
+    parser.add_argument("--trained", nargs="*", default=[], help="pipeline folders of tasks")
     parser.add_argument("--limit", type=int, default=300, help="held-out pictures, at most")
     parser.add_argument("--classified", type=int, default=100, help="pictures to classify, at most")
     parser.add_argument("--candidates", type=int, default=100, help="captions to classify among")
