@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+import sqlite3
+from contextlib import closing
 
 import pytest
 import torch
 from conftest import launch
-from fork_server import Child
+from fork_server import Child, environment
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -41,6 +43,22 @@ def test_tensorboard_gets_each_stage_apart_with_all_its_numbers(tiny_run):
         assert {f"{stage}/{name}" for name in names} <= tags
         assert {tag.split("/")[0] for tag in tags} == {stage}
         assert [event.step for event in events.Scalars(f"{stage}/loss")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_trackio_gets_the_same_lines_on_this_machine(tmp_path):
+    own = {"TRACKIO_DIR": str(tmp_path / "trackio")}
+    options = ("--output_dir", tmp_path / "run", "--trackers", "[trackio]", "--autoencoder.max_steps", "4")
+    printed = launch("train_autoencoder.py", *options, env=environment() | own).stdout
+    assert "tracker failed" not in printed
+    with closing(sqlite3.connect(tmp_path / "trackio" / "run-autoencoder.db")) as database:
+        rows = database.execute("select step, metrics from metrics order by id").fetchall()
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    tracked = [{"stage": "autoencoder", "step": step} | _without_stage(metrics) for step, metrics in rows]
+    assert tracked == logged and len(logged) == 3
+
+
+def _without_stage(metrics: bytes) -> dict:
+    return {name.removeprefix("autoencoder/"): value for name, value in json.loads(metrics).items()}
 
 
 def test_the_printed_lines_draw_a_picture(tiny_run, tmp_path):

@@ -346,8 +346,8 @@ class Config:
     it."""
     num_threads: PositiveInt | None = free(None)
     """CPU threads per process. Default: the cores that it may use; in a continued run, as many as before."""
-    trackers: list[Literal["tensorboard", "wandb"]] = free([], basic=True)
-    """Loggers beside metrics.jsonl: [tensorboard, wandb]. They need the extra "trackers"."""
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = free([], basic=True)
+    """Loggers beside metrics.jsonl: [tensorboard, trackio, wandb]. They need the extra "trackers"."""
     redo: list[Literal["autoencoder", "latents", "denoiser", "evaluation"]] = option(
         [], resume="unrecorded", basic=True
     )
