@@ -5,14 +5,14 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import yaml
 from diffusers.utils import make_image_grid
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 from safetensors import SafetensorError
@@ -23,7 +23,7 @@ from ldm_pipeline.model_card import TrainingRecord, render_card, sampling_settin
 from ldm_pipeline.pipeline import num_classes
 
 PICTURES = ("samples.png", "reconstructions.png", "neighbours.png", "sweep.png")
-FILES = ("model_index.json", "pipeline.py", "README.md", "training_config.yaml", "metrics.json", *PICTURES)
+FILES = ("README.md", "pipeline.py", "model_index.json", "training_config.yaml", "metrics.json", *PICTURES)
 COMPONENTS = ("vae", "unet", "scheduler", "guide_unet", "text_encoder", "tokenizer")
 # Files in the components' folders that an export makes. Other variants, such as fp16, are their owner's.
 COMPONENT_FILE = re.compile(
@@ -73,7 +73,7 @@ def export_for_hub(
     check_target(folder)
     if isinstance(pipe, str | Path):
         pipe = LDMPipeline.from_pretrained(pipe)
-    with _replacing(folder) as aside:
+    with replacing(folder) as aside:
         pipe.save_pretrained(aside)
         if record.raw_weights:
             raw = aside / "unet" / "diffusion_pytorch_model.raw.safetensors"
@@ -105,13 +105,16 @@ def check_names(repo_id: str, license: str, source_url: str | None = None) -> No
             raise HubError(f"{name} {value!r}: wanted a value such as {example}")
 
 
-def check_target(folder: Path) -> None:
-    """Raises HubError unless `folder` is absent, empty, or holds an earlier export and nothing else."""
+def check_target(folder: Path, own=(*FILES, *COMPONENTS), always=FILES[:3]) -> None:
+    """Raises HubError unless `folder` is absent, empty, or holds an earlier export and nothing else.
+
+    own: names that an export may have there; always: those that each has.
+    """
     if not folder.exists():
         return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-    foreign = names - {*FILES, *COMPONENTS}
-    if foreign or (names and not {"README.md", "pipeline.py", "model_index.json"} <= names):
+    foreign = names - set(own)
+    if foreign or (names and not set(always) <= names):
         found = ", ".join(sorted(foreign or names)[:3])
         raise HubError(f"{folder}: {found} is not the export that it would replace; choose another folder")
 
@@ -130,7 +133,7 @@ def _sample_grid(pipe: LDMPipeline, prompts: list[str]) -> Image.Image:
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path) -> Iterator[Path]:
     """A folder to write to, which afterwards takes the place of `folder`. An error leaves all as it was."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -179,36 +182,58 @@ def push_to_hub(
     if not (folder / "README.md").is_file():
         raise HubError(f"{folder} holds no export; make one by export_for_hub()")
     api = HfApi(token=token)
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    with _explained(f"the upload to {repo_id}"):
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and not api.repo_info(repo_id).private:
-            raise HubError(f"{repo_id} is public: make it private on the Hub, or choose another repository")
-        if revision:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = api.list_repo_files(repo_id, revision=revision)
-        stale = {name for name in there if name in FILES or COMPONENT_FILE.fullmatch(name)} - {*names}
-        # Not upload_folder(): with hf_xet it may make several commits.
-        commit = api.create_commit(
-            repo_id,
-            [
-                *(CommitOperationAdd(name, folder / name) for name in names),
-                *(CommitOperationDelete(name) for name in sorted(stale)),
-            ],
-            commit_message="Upload a latent diffusion model",
-            revision=revision,
-        )
+    with explained(f"the upload to {repo_id}"):
+        commit = commit_folder(api, folder, repo_id, is_own, private, revision)
         if tag:
             api.create_tag(repo_id, tag=tag, revision=commit.oid)
     if verify:
-        with _explained(f"the download of {repo_id}"), tempfile.TemporaryDirectory() as copy:
+        with explained(f"the download of {repo_id}"), tempfile.TemporaryDirectory() as copy:
             api.snapshot_download(repo_id, revision=commit.oid, local_dir=copy)
-            _, different, missing = filecmp.cmpfiles(folder, copy, names, shallow=False)
+            _, different, missing = filecmp.cmpfiles(folder, copy, files_in(folder), shallow=False)
             if different or missing:
                 raise HubError(
                     f"{repo_id} has another {(different + missing)[0]} than {folder}; upload it again"
                 )
     return commit.commit_url
+
+
+def files_in(folder: Path) -> list[str]:
+    """Names of all files below a folder, as the Hub has them."""
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def is_own(name: str) -> bool:
+    """Whether an export makes files of that name."""
+    return name in FILES or COMPONENT_FILE.fullmatch(name) is not None
+
+
+def commit_folder(
+    api: HfApi, folder: Path, repo_id: str, is_own: Callable, private: bool, revision=None, **kind: str
+) -> CommitInfo:
+    """One commit of all of a folder to a repository, which is created if need be.
+
+    is_own: whether a file of that name is deleted there if the folder has none.
+    kind: arguments of `HfApi.create_repo` for another kind of repository than a model's.
+    """
+    names, of_kind = files_in(folder), {"repo_type": kind.get("repo_type")}
+    api.create_repo(repo_id, private=private, exist_ok=True, **kind)
+    if private and not api.repo_info(repo_id, **of_kind).private:
+        raise HubError(f"{repo_id} is public: make it private on the Hub, or choose another repository")
+    if revision:
+        api.create_branch(repo_id, branch=revision, exist_ok=True, **of_kind)
+    there = api.list_repo_files(repo_id, revision=revision, **of_kind)
+    stale = {name for name in there if is_own(name)} - {*names}
+    # Not upload_folder(): with hf_xet it may make several commits.
+    return api.create_commit(
+        repo_id,
+        [
+            *(CommitOperationAdd(name, folder / name) for name in names),
+            *(CommitOperationDelete(name) for name in sorted(stale)),
+        ],
+        commit_message="Upload a latent diffusion model",
+        revision=revision,
+        **of_kind,
+    )
 
 
 def require_token(token: str | None = None) -> str:
@@ -219,7 +244,7 @@ def require_token(token: str | None = None) -> str:
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def explained(what: str) -> Iterator[None]:
     """Failures of the network, of the Hub and of the disk as HubError, in the words of the library."""
     try:
         yield

@@ -33,12 +33,16 @@ class Refusal(Exception):
 
 @dataclass
 class Request:
-    """A client's request; `user` is None without a token that the server knows."""
+    """A client's request; `user` is None without a token that the server knows.
+
+    The path of a Space's is that of a model's.
+    """
 
     method: str
     path: str
     user: str | None
     body: bytes
+    is_space: bool = False
 
     def json(self) -> dict:
         return json.loads(self.body)
@@ -141,6 +145,7 @@ class HubServer:
     def __init__(self, tokens: dict[str, str]):
         self.tokens = tokens
         self.repositories: dict[str, Repository] = {}
+        self.spaces: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.RLock()
         self._cut = [0, 0]
@@ -158,7 +163,10 @@ class HubServer:
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """Path and content of every file; `.gitattributes` is the server's own, as on the Hub."""
-        repository = self.repositories[repo_id]
+        return self.content(self.repositories[repo_id], revision)
+
+    def content(self, repository: Repository, revision: str = "main") -> dict[str, bytes]:
+        """The same of a repository, such as one of `spaces`."""
         return {path: repository.objects[name] for path, name in repository.at(revision).files.items()}
 
     def commits(self, repo_id: str) -> list[Commit]:
@@ -192,7 +200,8 @@ class HubServer:
 
     def repository(self, request: Request, repo_id: str, write: bool = False) -> Repository:
         """What the user may see, or write to; the Hub does not tell a private repository from none."""
-        found, owner = self.repositories.get(repo_id), request.user == repo_id.split("/")[0]
+        known = self.spaces if request.is_space else self.repositories
+        found, owner = known.get(repo_id), request.user == repo_id.split("/")[0]
         if found is None or (found.private and not owner):
             raise Refusal(404 if request.user else 401, "Repository not found", "RepoNotFound")
         if write and not owner:
@@ -209,10 +218,14 @@ class HubServer:
             raise Refusal(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
         repo_id = f"{owner}/{options['name']}"
         known = {"url": f"{self.url}/{repo_id}", "name": repo_id}
-        if repo_id in self.repositories:
-            return Reply(known | {"error": "You already created this model repo"}, 409)
+        is_space = options.get("type") == "space"
+        repositories = self.spaces if is_space else self.repositories
+        if repo_id in repositories:
+            return Reply(known | {"error": "You already created this repo"}, 409)
+        if is_space and options.get("sdk") not in ("gradio", "docker", "static"):
+            raise Refusal(400, f"{options.get('sdk')} is no SDK of a Space")
         private = options.get("visibility") == "private" or bool(options.get("private"))
-        self.repositories[repo_id] = Repository(private)
+        repositories[repo_id] = Repository(private)
         return known
 
     @route("GET", "/api/models/{id}")
@@ -247,7 +260,10 @@ class HubServer:
     @route("POST", "/api/validate-yaml")
     def validate_yaml(self, request):
         front = re.match(r"---\n(.*?\n)---\n", request.json()["content"], re.DOTALL)
-        valid = front and isinstance(yaml.safe_load(front[1]), dict)
+        said = yaml.safe_load(front[1]) if front else None
+        valid = isinstance(said, dict)
+        if valid and request.json()["repoType"] == "space":
+            valid = said.get("sdk") == "gradio" and "sdk_version" in said and "app_file" in said
         return (
             {"errors": [], "warnings": []} if valid else Reply({"errors": [{"message": "no mapping"}]}, 400)
         )
@@ -310,7 +326,8 @@ class Handler(BaseHTTPRequestHandler):
         hub.requests.append((self.command, unquote(url.path)))
         if cut is not None:
             return  # the connection closes, without an answer and with a body half read
-        request = Request(self.command, url.path, user, body)
+        path = re.sub(r"^/spaces/", "/", url.path.replace("/api/spaces/", "/api/models/"))
+        request = Request(self.command, path, user, body, path != url.path)
         try:
             self.send(hub.answer(request))
         except Refusal as refusal:

@@ -37,6 +37,9 @@ class Publication:
     how to install it from there. Default: the card needs Diffusers alone."""
     show_data: bool = True
     """Include the pictures that show images of the dataset: reconstructions.png, neighbours.png."""
+    space: bool = False
+    """Also make and upload a Space of the same name, the page that draws and edits with the model. Its folder
+    is the model's with "-space" behind."""
     verify: bool = False
     """Download the upload again, and compare every file."""
     dry_run: bool = False
@@ -61,35 +64,47 @@ def parse(argv: list[str] | None = None) -> tuple[str, Publication]:
 
 def publish(source: Path, options: Publication) -> None:
     """Check, export and upload. RunError or HubError for what can be mended."""
-    from ldm_pipeline import hub
+    from ldm_pipeline import TrainingRecord, hub, push_to_hub
+    from ldm_pipeline.space import check_space, export_space, push_space
     from training.runtime.record import find_run, read_record, shareable
 
     hub.check_names(options.repo_id, options.license, options.source_url)
     folder = Path(options.folder or f"hub/{options.repo_id.split('/')[1]}")
     hub.check_target(folder)
+    space = [folder.with_name(f"{folder.name}-space")] if options.space else []
+    for path in space:
+        check_space(path)
     if not options.dry_run:
         hub.require_token()
     run, dataset = find_run(source), shareable(options.dataset)
+    pipe = load(run / "pipeline" if run else source, run)
+    record = read_record(run, dataset, options.show_data) if run else TrainingRecord()
     hub.export_for_hub(
-        load(run / "pipeline" if run else source, run),
+        pipe,
         folder,
         options.repo_id,
         options.license,
         title=options.title,
         dataset=dataset,
         source_url=options.source_url,
-        record=read_record(run, dataset, options.show_data) if run else None,
+        record=record,
     )
-    print("\n".join(listing(folder)))
+    for path in space:
+        text, prompts = pipe.text_encoder is not None, record.metrics.get("prompts", [])
+        export_space(path, options.repo_id, options.license, options.title, text, prompts)
+    print("\n\n".join("\n".join(listing(path)) for path in (folder, *space)))
     visibility, branch = "private" if options.private else "public", options.revision or "main"
     where = f"{options.repo_id} ({visibility}), branch {branch}" + (
         f", tag {options.tag}" if options.tag else ""
     )
+    where += f", with the Space {options.repo_id}" if space else ""
     if options.dry_run:
         print(f"\n--dry_run: nothing was sent. It would be uploaded to {where}")
         return
     print(f"\nUploading to {where}", flush=True)
-    print(f"Uploaded: {upload(folder, options)}")
+    print(f"Uploaded: {upload(push_to_hub, folder, options, 'private', 'revision', 'tag', 'verify')}")
+    for path in space:
+        print(f"Uploaded: {upload(push_space, path, options, 'private')}")
     if options.verify:
         print(f"Verified: downloaded again, every file is that of {folder}")
 
@@ -114,13 +129,15 @@ def load(folder: Path, run: Path | None):
     return pipeline
 
 
-def upload(folder: Path, options: Publication) -> str:
-    """The address of the commit. RunError with the command that tries again."""
-    from ldm_pipeline.hub import HubError, push_to_hub
+def upload(push, folder: Path, options: Publication, *names: str) -> str:
+    """The address of the commit. RunError with the command that tries again.
 
-    names = ("private", "revision", "tag", "verify")
+    push: `push_to_hub` or `push_space`, which take the options of these names.
+    """
+    from ldm_pipeline.hub import HubError
+
     try:
-        return push_to_hub(folder, options.repo_id, **{name: getattr(options, name) for name in names})
+        return push(folder, options.repo_id, **{name: getattr(options, name) for name in names})
     except (HubError, KeyboardInterrupt) as error:
         reason = "stopped" if isinstance(error, KeyboardInterrupt) else error
         again = shlex.join(["python", *sys.argv])
