@@ -21,7 +21,9 @@ README = (ROOT / "README.md").read_text()
 LAYERS = (
     "train_ldm train_autoencoder encode_latents train_denoiser evaluate_ldm publish_ldm",
     "stages",
-    "dry_run",
+    "dry_run sizing",
+    "speeds plan",
+    "recipes",
     "evaluation",
     "runtime",
     "networks losses",

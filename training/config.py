@@ -7,13 +7,15 @@ An option's type with its range, default, help (the text below it) and resume ru
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, ClassVar, Literal, NoReturn
+
+import yaml
 
 from training.options import (
     BelowOne,
@@ -39,7 +41,7 @@ from training.options import (
 )
 
 LOCK = ".ldm_run"  # marks a folder as ours from the first moment, and is locked while a process works there
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar10.yaml"
+DEFAULT_MINUTES = 60
 LPIPS_SMALLEST = 16  # VGG halves images four times
 
 # NumPy takes no larger seed, and the noise schedule has 1000 steps.
@@ -338,9 +340,13 @@ class Config:
     """Train a latent diffusion model: images in, a Diffusers pipeline out."""
 
     output_dir: Text | None = option(None, resume="unrecorded", basic=True)
-    """Run folder. Default: runs/<name of the config file>, or the folder of a run's own config.yaml."""
+    """Run folder. Default: runs/<name of the config file, or of the dataset>, or the folder of a run's own
+    config.yaml."""
     seed: Seed = option(0, basic=True)
     """Seed of everything random: weights, order, noise, pictures."""
+    minutes: Positive | None = option(None, basic=True)
+    """Minutes of the whole job: every option that is not given is chosen for them, by steps timed on this
+    machine. Default: 60, unless --config is given. A run that is continued keeps its choice."""
     mixed_precision: Literal["auto", "no", "bf16"] = free("auto", basic=True)
     """Arithmetic of the networks: auto, no or bf16. Weights stay float32; auto is bf16 if the hardware has
     it."""
@@ -360,10 +366,14 @@ class Config:
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    given: ClassVar[frozenset[str]] = frozenset()  # names of the options in the file and the command line
 
 
-def check_config(config: Config) -> None:
+def check_config(config: Config, together: bool = True) -> None:
     """Refuse values out of range, and values that cannot work together.
+
+    Args:
+        together: False before the options that nobody gave are chosen.
 
     Raises:
         RunError: with what was found, what is wanted and the option that changes it.
@@ -374,6 +384,8 @@ def check_config(config: Config) -> None:
             raise RunError(f"--{name} has no value: give one, or leave it out for its default")
         if not in_range(found, entry.type) or (found == [] and default_of(entry)):
             raise RunError(f"--{name} {written(found)}: want {wanted(entry.type)}")
+    if not together:
+        return
     if not config.autoencoder.pretrained:
         _check_schedule("autoencoder", config.autoencoder)
         _check_losses(config.autoencoder, config.data.resolution)
@@ -480,8 +492,8 @@ def _config_parser() -> Parser:
 def parse_config(argv: list[str] | None = None, stages: Sequence[str] | None = None) -> Config:
     """The checked configuration of the command line (by default the process's own).
 
-    Without `--config` it starts from `training/configs/cifar10.yaml`. Prints and exits for `--help`,
-    `--help_all` and `--print_config`.
+    Without `--config` all that is not given is sized for `DEFAULT_MINUTES`; see recipes.py. Prints and exits
+    for `--help`, `--help_all` and `--print_config`.
 
     Args:
         stages: the stages of this script, which can redo no others. Default: all.
@@ -492,21 +504,31 @@ def parse_config(argv: list[str] | None = None, stages: Sequence[str] | None = N
     argv, parser = sys.argv[1:] if argv is None else argv, _config_parser()
     given = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
     if "config" not in given:
-        argv = ["--config", str(DEFAULT_CONFIG), *argv]
+        argv = ["--minutes", str(DEFAULT_MINUTES), *argv]
     parsed = parser.parse_args(argv)
-    if None in parsed.config:
+    if None in (parsed.config or []):
         parser.error("--config wants a file; give single options by their names, such as --seed 1")
-    file = Path(str(parsed.config[-1]))
+    files = [Path(str(file)) for file in parsed.config or []]
     parsed = parser.instantiate(parsed)
     config = Config(**{f.name: getattr(parsed, f.name) for f in fields(Config)})
-    own = (file.parent / LOCK).exists()  # the configuration that a run folder keeps means that run
+    config.given = frozenset(given).union(
+        *(_names(yaml.safe_load(file.read_text("utf-8"))) for file in files)
+    )
+    own = bool(files) and (files[-1].parent / LOCK).exists()  # a run folder's configuration means that run
     if config.output_dir is None:
-        config.output_dir = str(file.parent) if own else f"runs/{file.stem}"
-    check_config(config)
+        name = files[-1].stem if files else Path(config.data.dataset).absolute().stem
+        config.output_dir = str(files[-1].parent) if own else f"runs/{name}"
+    check_config(config, together=config.minutes is None)
     check_ignored(config, given, file=not own)  # what a run has stored was checked when it began
     if stages and (unknown := set(config.redo) - set(stages)):
         raise RunError(f"--redo {sorted(unknown)}: this script does {', '.join(stages)}; use train_ldm.py")
     return config
+
+
+def _names(tree: dict, prefix: str = "") -> Iterator[str]:
+    """The dotted names of the options in a tree of YAML."""
+    for key, value in tree.items():
+        yield from _names(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
 
 
 def command_line(*stages: str) -> Config:

@@ -1,22 +1,14 @@
 """The cost of a run, measured with a step of each network before any training."""
 
-import time
-from dataclasses import replace
-
 import torch
-from torch import nn
 from torch.utils.data import default_collate
 
 from training.config import OptimizationConfig
 from training.data.order import batch_flips, batch_indices
 from training.data.tasks import TaskImages, cached, shown, task_of
 from training.evaluation.plots import save_grid
-from training.losses.autoencoder import AutoencoderLoss
-from training.losses.denoising import DenoisingLoss
-from training.networks import blank_condition, new_autoencoder, new_denoiser, text_width_of
-from training.runtime.ema import EMA
-from training.runtime.optimization import build_optimizer
 from training.runtime.run import Run
+from training.runtime.timing import time_step, trial
 
 GIB = 2**30
 
@@ -45,23 +37,8 @@ def describe_plan(run: Run) -> str:
 
 def _measure(run: Run, name: str, config: OptimizationConfig, shape: tuple[int, int, int]) -> str:
     part = config.batch_size // run.accelerator.num_processes // config.gradient_accumulation_steps
-    noise = torch.randn(part, *shape, device=run.device)
-    if name == "autoencoder":
-        module = AutoencoderLoss(new_autoencoder(run.config), config).to(run.device)
-        size = run.config.data.resolution
-        images = torch.randn(part, run.config.data.channels, size, size, device=run.device)
-        arguments = (images, noise)
-    else:
-        width = text_width_of(config, run.text)
-        words = run.text[1] if config.trains_text_encoder else None
-        module = DenoisingLoss(new_denoiser(run.config, run.data, shape, width), config, words).to(run.device)
-        condition = blank_condition(module.unet, part, run.device)
-        if words is not None:  # token numbers
-            mask = condition.encoder_attention_mask
-            condition = replace(condition, encoder_hidden_states=torch.zeros_like(mask, dtype=torch.int64))
-        times = torch.full((part,), 500, device=run.device)
-        arguments = (noise, noise, times, condition)
-    seconds, activations = _time_step(run, module, config, arguments)
+    module, arguments = trial(run.config, name, part, shape, run.data, run.text, run.device)
+    seconds, activations = time_step(module, config, arguments, run.accelerator.autocast)
     parameters = sum(p.numel() for p in module.parameters())
     # Weights, gradients, two moments and the average, 4 bytes each.
     memory = (20 * parameters + activations) / GIB
@@ -71,35 +48,6 @@ def _measure(run: Run, name: str, config: OptimizationConfig, shape: tuple[int, 
         f"{config.max_steps} steps of {config.batch_size} images ({config.max_steps * config.batch_size:,}), "
         f"{part * run.accelerator.num_processes / seconds:.0f} images/s, about {total / 60:.1f} minutes"
     )
-
-
-def _time_step(
-    run: Run, module: nn.Module, config: OptimizationConfig, arguments: tuple
-) -> tuple[float, int]:
-    """Seconds of a training step, the best of three, and the bytes that its backward pass needs kept."""
-    optimizer = build_optimizer(config, module)
-    ema = EMA(module, config.ema_fraction, config.ema_half_life)
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    def step() -> float:
-        begun = time.perf_counter()
-        with run.accelerator.autocast():
-            loss = module(*arguments)[0]
-            loss = loss["loss"] if isinstance(loss, dict) else loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update(config.batch_size, config.batch_size)
-        loss.item()  # waits for the device
-        return time.perf_counter() - begun
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return min(step() for _ in range(3)), sum(kept.values())
 
 
 def save_data_grid(run: Run) -> str:

@@ -14,6 +14,7 @@ from training.runtime.checkpoints import found_checkpoints
 from training.runtime.folder import close_folder
 from training.runtime.run import Run, start
 from training.runtime.signals import EXIT_CODE, Interrupted
+from training.sizing import sized
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def run_stages(config: Config, *stages: Stage) -> Run | None:
     """
     try:
         names = [stage.name for stage in stages]
+        config = sized(config, names)
         run = start(config, names)
         check_evaluation(run, names)
         if config.dry_run:

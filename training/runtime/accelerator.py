@@ -34,12 +34,8 @@ def build_accelerator(config: Config, earlier_threads: int | None = None) -> Acc
     Raises:
         RunError: for a precision or a launcher's option that this machine cannot serve.
     """
-    # A scan or a download by one process may take longer than the usual time-out of those that wait for it.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
-    # Several processes on CPUs are found by Accelerate only if it is told that it has nothing but CPUs.
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu, **patience.to_kwargs())
-    threads = ""
+    state, threads = join_processes(), ""
+    cpu = only_cpus()
     if state.device.type == "cpu":
         config.num_threads, note = choose_threads(config.num_threads, earlier_threads)
         torch.set_num_threads(config.num_threads)
@@ -75,6 +71,19 @@ def build_accelerator(config: Config, earlier_threads: int | None = None) -> Acc
     return accelerator
 
 
+def only_cpus() -> bool:
+    """Whether the networks are computed on CPUs."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def join_processes() -> PartialState:
+    """Connect the processes of the run, once; says which one this is, and its device."""
+    # A scan or a download by one process may take longer than the usual time-out of those that wait for it.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
+    # Several processes on CPUs are found by Accelerate only if it is told that it has nothing but CPUs.
+    return PartialState(only_cpus(), **patience.to_kwargs())
+
+
 def choose_precision(setting: str, device: str) -> str:
     """Accelerate's name of the arithmetic: bf16 where the hardware has it, unless `setting` decides."""
     if setting == "bf16" and device == "mps":
@@ -99,18 +108,23 @@ def choose_threads(wanted: int | None, earlier: int | None) -> tuple[int, str | 
     `--num_threads`, OMP_NUM_THREADS of a plain start, the earlier number, the cores that it may use.
     """
     usable = usable_cores()
-    if wanted:
+    if wanted := wanted_threads(wanted):
         return wanted, None
-    # `accelerate launch` and torchrun set the variable themselves, from all cores of the machine.
-    launched = any(name in os.environ for name in ("LOCAL_WORLD_SIZE", "ACCELERATE_DYNAMO_BACKEND"))
-    if not launched and os.environ.get("OMP_NUM_THREADS", "").isdecimal():
-        return int(os.environ["OMP_NUM_THREADS"]), None
     if earlier and earlier > usable:
         return usable, (
             f"warning: this run had {earlier} threads and may use {usable} now, so its last bits may differ "
             f"from those of an uninterrupted run; --num_threads {earlier} keeps them, slowly"
         )
     return earlier or usable, None
+
+
+def wanted_threads(option: int | None) -> int | None:
+    """The number that the user names, by `--num_threads` or by OMP_NUM_THREADS of a plain start."""
+    # `accelerate launch` and torchrun set the variable themselves, from all cores of the machine.
+    launched = any(name in os.environ for name in ("LOCAL_WORLD_SIZE", "ACCELERATE_DYNAMO_BACKEND"))
+    if option or launched or not os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        return option
+    return int(os.environ["OMP_NUM_THREADS"])
 
 
 def usable_cores() -> int:

@@ -3,9 +3,10 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 from filelock import BaseFileLock, FileLock, Timeout
@@ -149,6 +150,28 @@ def open_folder(config: Config) -> Path:
     (run / "samples").mkdir(parents=True, exist_ok=True)
     _write(run, _remembered(config) | {"redo": config.redo})
     return run
+
+
+def continued(config: Config) -> dict:
+    """The options, by their dotted names, of the run that `config` continues; empty for a new one.
+
+    A run is new if all is to be done again, or if nothing is done yet and `--minutes` is another number.
+    """
+    run = Path(config.output_dir)
+    stored = read_stored(run)
+    redone = _first_redone(config) == 0 and config.redo != stored.get("redo")
+    begun = any((run / names[0]).exists() for names in STAGES.values())
+    resized = "minutes" in config.given and config.minutes != stored.get("minutes") and not begun
+    if redone or resized:
+        return {}
+    # The number of threads is known to `build_accelerator`, which warns where it cannot be had again.
+    names = {name for name in options(Config) if _resume_rule(name) != "unrecorded"} - {"num_threads"}
+    return {name: value for name, value in _flat(stored) if name in names}
+
+
+def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        yield from _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
 
 def close_folder(run: Path) -> None:

@@ -1,0 +1,244 @@
+"""The plan of a run: the largest networks that see enough images in the given time, and where the time goes.
+
+Everything here is a function of measured speeds, so that it can be tried without a clock.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from training.config import Config, RunError
+from training.data.tasks import RANDOM, cached, task_of
+from training.recipes import (
+    AUTOENCODER_SHARE,
+    AUTOENCODERS,
+    EPOCHS_WITHOUT_DROPOUT,
+    MOST_AUTOENCODER_IMAGES,
+    PARAMETERS_PER_IMAGE,
+    UNETS,
+    Facts,
+    Measure,
+    Speed,
+    autoencoder_options,
+    batch_size,
+    cadence_options,
+    denoiser_options,
+    image_options,
+    put,
+    recipes_at,
+    sampling_options,
+    seen,
+    smallest,
+    unets_of,
+)
+
+RESERVE = 0.04  # of the time, for what no plan foresees
+FIXED = 8.0  # seconds to start, load and save, beside all that is counted below
+MONITOR_SHARE = 0.03  # of a stage, for validation and grids
+JUDGING_SHARE = 0.06  # of the time, for metrics of samples
+RECONSTRUCTION_SHARE = 0.01  # of the time, for metrics of held-out images
+CHECKS = 5  # validations and grids of a stage, at most
+BETWEEN_CHECKPOINTS = 300  # seconds
+DISK = 3e8  # bytes of a checkpoint a second
+GRID_ROWS, FINAL_ROWS = 4, 8
+NUMBERS_OF_SAMPLES = (50_000, 10_000, 5000, 2000, 1000, 500, 200)
+
+
+@dataclass
+class Plan:
+    """A sized configuration, the seconds of its parts in their order, and why it is not larger."""
+
+    config: Config
+    parts: dict[str, float]
+    reasons: list[str]
+
+    def describe(self) -> str:
+        """Resolution, networks and images seen, in one line."""
+        size, first, second = self.config.data.resolution, self.config.autoencoder, self.config.denoiser
+        own = first.pretrained or f"{first.kind} {first.widths} after {seen(first):,} images"
+        return f"{size}x{size} pixels, {own}, U-Net {second.widths} after {seen(second):,}"
+
+
+def choose(config: Config, facts: Facts, seconds: float, measure: Measure) -> Plan:
+    """The best that `seconds` from now buy, with every option in `config.given` as it is.
+
+    Raises:
+        RunError: they buy nothing useful; it names the least.
+    """
+    draft, reasons, everything = smallest(config, facts.typical_batch), [], facts.images + facts.held_out
+    put(draft, image_options(config, facts))
+    start = FIXED + facts.decoding * everything / facts.scanners
+    left = seconds * (1 - RESERVE) - start - facts.captions
+    draft, encoder, first = _choose_autoencoder(draft, facts, left, measure, reasons)
+    passes = everything * (1 + cached(task_of(draft.denoiser))) / facts.processes
+    latents = facts.captions + passes * (
+        facts.decoding / max(1, facts.readers) + (1 + draft.data.horizontal_flip) * encoder.encode
+    )
+    left -= first + latents - facts.captions
+    draft, denoiser, second, last = _choose_denoiser(draft, facts, left, encoder, measure, reasons)
+    parts = {"start": start, "autoencoder": first, "latents": latents, "denoiser": second, "evaluation": last}
+    plan = Plan(draft, parts, reasons)
+    _check_time(plan, seconds, encoder, denoiser)
+    parts["reserve"] = seconds - sum(parts.values())
+    return plan
+
+
+def _climb(
+    draft: Config, name: str, ladder: list, images: Callable, measure: Measure, reasons: list[str], slower=1.0
+) -> Config:
+    """`draft` with the options of the highest rung that sees the images that it needs, at least the first.
+
+    Args:
+        ladder: (images needed, options) of the rungs, from the lowest.
+        images: that a network of a speed sees.
+        slower: a rung than the one below, at least; what cannot suffice is not measured.
+    """
+    best, number = None, 0.0
+    for need, options in ladder:
+        tried = copy.deepcopy(draft)
+        put(tried, options)
+        most = number / slower
+        if best is None or most >= need:
+            most = number = images(measure(tried, name))
+        if best is not None and most < need:
+            size, why = tried.data.resolution, f"pays from {need:,} images on, and would see {most:,.0f}"
+            why = why if most else f"has more than {PARAMETERS_PER_IMAGE:,} parameters per image"
+            reasons.append(f"{name} {getattr(tried, name).widths} at {size} pixels {why}")
+            break
+        best = tried
+    return best
+
+
+def _choose_autoencoder(draft: Config, facts: Facts, seconds: float, measure: Measure, reasons: list[str]):
+    """Resolution and autoencoder: the configuration, the network's speed and the seconds of its stage."""
+    name = "autoencoder"
+    if draft.autoencoder.pretrained:
+        return draft, measure(draft, name), 0.0
+    share = max(0.0, AUTOENCODER_SHARE * seconds)
+    decoding = facts.decoding / facts.processes
+
+    def cost(speed: Speed) -> float:
+        return max(speed.step, decoding / facts.readers) if facts.readers else speed.step + decoding
+
+    def images(speed: Speed) -> float:
+        return min(MOST_AUTOENCODER_IMAGES, share * (1 - MONITOR_SHARE) / cost(speed))
+
+    sides = [side for side in AUTOENCODERS if side <= max(facts.side, 16)]
+    sides = [draft.data.resolution] if "data.resolution" in draft.given else sides
+    ladder = [
+        (recipes_at(side)[0].need, autoencoder_options(draft, facts, side, recipes_at(side)[0]))
+        for side in sides
+    ]
+    draft = _climb(draft, name, ladder, images, measure, reasons, slower=3)
+    side = draft.data.resolution
+    ladder = [(recipe.need, autoencoder_options(draft, facts, side, recipe)) for recipe in recipes_at(side)]
+    draft = _climb(draft, name, ladder, images, measure, reasons)
+    speed = _set_batch(draft, name, batch_size(0.15, images(measure(draft, name)), facts), measure)
+    check = min(512, facts.held_out) * (speed.evaluate + facts.decoding) / facts.processes
+    return draft, speed, _set_steps(draft, name, images(speed), cost(speed), check, speed)
+
+
+def _set_batch(draft: Config, name: str, size: int, measure: Measure) -> Speed:
+    """Set the batch size, or the part of it that fits into memory; the speed with it."""
+    put(draft, {f"{name}.batch_size": size})
+    while math.isinf(measure(draft, name).step) and size % 2 == 0 and f"{name}.batch_size" not in draft.given:
+        size //= 2
+        put(draft, {f"{name}.batch_size": size})
+    return measure(draft, name)
+
+
+def _set_steps(draft: Config, name: str, images: float, cost: float, check: float, speed: Speed) -> float:
+    """Set the steps of a stage and its cadence; returns the seconds of the stage.
+
+    Args:
+        images: to see.
+        cost: seconds per image.
+        check: seconds of a validation, with grids.
+    """
+    stage = getattr(draft, name)
+    put(draft, {f"{name}.max_steps": max(1, int(images / stage.batch_size))})
+    training = seen(stage) * cost
+    checks = min(CHECKS, max(1, int(MONITOR_SHARE * training / max(check, 1e-6))))
+    saves = max(2, round(training / BETWEEN_CHECKPOINTS))
+    put(draft, cadence_options(name, stage.max_steps, checks, saves))
+    checked = math.ceil(stage.max_steps / stage.validate_every) * check
+    return training + checked + saves * 16 * speed.parameters / DISK + speed.compiling
+
+
+def _choose_denoiser(
+    draft: Config, facts: Facts, seconds: float, encoder: Speed, measure: Measure, reasons: list[str]
+):
+    """Denoiser and evaluation: the configuration, the network's speed, and the seconds of both stages."""
+    name, task = "denoiser", task_of(draft.denoiser)
+    put(draft, sampling_options(draft, facts))
+    # A task of random conditions makes and encodes them in every step.
+    live = facts.decoding / max(1, facts.readers) + encoder.encode if task and task.kind in RANDOM else 0.0
+
+    def cost(speed: Speed) -> float:
+        return speed.step + live / facts.processes
+
+    def images(speed: Speed) -> float:
+        return max(0.0, seconds * (1 - MONITOR_SHARE - JUDGING_SHARE) - speed.compiling) / cost(speed)
+
+    def suitable(speed: Speed) -> float:
+        return images(speed) if speed.parameters <= PARAMETERS_PER_IMAGE * facts.images else 0.0
+
+    ladder = [
+        (rung.need, denoiser_options(draft, rung, encoder.side, facts.typical_batch))
+        for rung in unets_of(draft)
+    ]
+    draft = _climb(draft, name, ladder, suitable, measure, reasons)
+    speed = _set_batch(draft, name, batch_size(0.1, images(measure(draft, name)), facts), measure)
+    stage, columns = draft.denoiser, min(facts.classes, 10) or 8
+    passes = stage.sample_steps * (1 if stage.guidance_scale == 1 else 2)
+    picture = (passes * speed.evaluate + encoder.decode) / facts.processes
+    judged = FINAL_ROWS * columns * picture + _set_evaluation(draft, facts, seconds, encoder, speed, picture)
+    check = min(1024, facts.held_out) * speed.evaluate / facts.processes + 2 * GRID_ROWS * columns * picture
+    training = seconds - judged - speed.compiling
+    checks = min(max(check, MONITOR_SHARE * training), CHECKS * check)
+    spent = _set_steps(draft, name, (training - checks) / cost(speed), cost(speed), check, speed)
+    put(draft, {"denoiser.dropout": 0.1 if seen(stage) > EPOCHS_WITHOUT_DROPOUT * facts.images else 0.0})
+    return draft, speed, spent, judged
+
+
+def _set_evaluation(
+    draft: Config, facts: Facts, seconds: float, encoder: Speed, speed: Speed, picture: float
+) -> float:
+    """Set the numbers of images and samples of the evaluation; returns its seconds.
+
+    Args:
+        picture: seconds of a sample.
+    """
+    held_out = (encoder.evaluate + facts.decoding + speed.evaluate) / facts.processes
+    put(draft, {"evaluation.num_images": max(64, min(2000, int(RECONSTRUCTION_SHARE * seconds / held_out)))})
+    number = min(draft.evaluation.num_images, facts.held_out)
+    if facts.judging is None:
+        put(draft, {"evaluation.num_samples": 0})
+        return number * held_out
+    judging = (facts.judging + facts.decoding) / facts.processes
+    real = (facts.images + facts.held_out + 2 * number) * judging
+    sample = picture + facts.judging / facts.processes
+    most = (JUDGING_SHARE * seconds - real) / sample
+    put(draft, {"evaluation.num_samples": next((n for n in NUMBERS_OF_SAMPLES if n <= most), 0)})
+    samples = draft.evaluation.num_samples
+    return number * held_out + (real + samples * sample if samples else 0.0)
+
+
+def _check_time(plan: Plan, seconds: float, encoder: Speed, denoiser: Speed) -> None:
+    """RunError where the plan takes longer than `seconds`, or its networks see too few images."""
+    config, least = plan.config, dict(plan.parts)
+    for name, need, speed in (
+        ("autoencoder", AUTOENCODERS[16][0].need, encoder),
+        ("denoiser", UNETS[0].need, denoiser),
+    ):
+        if f"{name}.max_steps" not in config.given and not getattr(getattr(config, name), "pretrained", None):
+            least[name] += max(0, need - seen(getattr(config, name))) * speed.step
+    if sum(least.values()) > seconds:
+        least = {"sizing": config.minutes * 60 - seconds} | least
+        parts = ", ".join(f"{name} {part / 60:.1f}" for name, part in least.items())
+        minutes = math.ceil(10 * sum(least.values()) / (1 - RESERVE) / 60) / 10
+        raise RunError(
+            f"--minutes {config.minutes:g}: too few for these images and options on this machine; it "
+            f"needs at least {minutes:g} ({parts})"
+        )

@@ -1,0 +1,227 @@
+"""Recipes: networks for a resolution and a number of images, and the figures by which plan.py chooses.
+
+docs/recipes.md has the measurements behind every figure, and says which are not measured.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+
+from training.config import Config, OptimizationConfig
+
+AUTOENCODER_SHARE = 0.2  # of the time for training
+MOST_AUTOENCODER_IMAGES = 3_000_000
+PARAMETERS_PER_IMAGE = 4000  # of the denoiser, at most: few images are learnt by heart
+EPOCHS_WITHOUT_DROPOUT = 100
+COPIES = 5000, 400  # below so many images and above so many epochs expect copies
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """An AutoencoderDC, and the images that it must see to be worth its time."""
+
+    need: int
+    widths: list[int]
+    blocks: list[int]
+    learning_rate: float = 1.5e-3
+
+
+# By resolution, one for every machine and one for a fast one. f2 below 64 pixels, f4 at 64, f8 above.
+AUTOENCODERS = {
+    16: (Autoencoder(2_000, [16, 32], [0, 2], 2e-3), Autoencoder(1_000_000, [32, 64], [0, 2])),
+    32: (Autoencoder(5_000, [32, 64], [0, 2]), Autoencoder(1_000_000, [64, 128], [0, 3])),
+    64: (
+        Autoencoder(10_000, [32, 64, 128], [0, 1, 1]),
+        Autoencoder(1_000_000, [64, 128, 256], [0, 2, 3]),
+    ),
+    128: (
+        Autoencoder(20_000, [16, 32, 64, 128], [0, 1, 1, 1]),
+        Autoencoder(1_000_000, [32, 64, 128, 256], [0, 1, 2, 2]),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class UNet:
+    """A denoiser, and the images that it must see to be better than the smaller one in the same time."""
+
+    need: int
+    widths: list[int]
+    layers: int
+    learning_rate: float = 1e-3
+
+
+UNETS = (
+    UNet(2_000, [32, 64], 1, 2e-3),
+    UNet(5_000, [64, 128], 1),
+    UNet(20_000, [64, 128, 256], 1),
+    UNet(400_000, [128, 256, 256], 2),
+    UNet(4_000_000, [192, 384, 384], 3, 8e-4),
+    UNet(20_000_000, [256, 512, 512], 3, 6e-4),
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The images and the machine, as far as the choice depends on them.
+
+    Args:
+        images, held_out: their numbers.
+        side: pixels that the shorter sides of nine of ten images have.
+        grey, drawn: whether they have no colours; whether they have areas of one colour, as drawings do.
+        classes: 0 without.
+        decoding: seconds until an image is read, decoded and transformed.
+        readers: processes that decode beside the training; 0: it decodes itself.
+        scanners: processes that decode in the scan.
+        captions: seconds to encode all of them.
+        judging: seconds of the feature network for an image; None without one.
+        processes: they share a batch.
+        typical_batch: batch size at which networks are compared.
+    """
+
+    images: int
+    held_out: int
+    side: int
+    grey: bool = False
+    drawn: bool = False
+    classes: int = 0
+    decoding: float = 0.0
+    readers: int = 0
+    scanners: int = 1
+    captions: float = 0.0
+    judging: float | None = None
+    processes: int = 1
+    typical_batch: int = 32
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds per image of a network.
+
+    Args:
+        step: a training step of all processes together.
+        evaluate: without gradients on one process: one evaluation of a denoiser, or a reconstruction by an
+            autoencoder with its PSNR and SSIM.
+        encode, decode: of an autoencoder on one process; `encode` in float32, as for the cache.
+        side: of an autoencoder's latents.
+        compiling: seconds, of all passes together.
+    """
+
+    step: float
+    evaluate: float
+    parameters: int
+    encode: float = 0.0
+    decode: float = 0.0
+    side: int = 0
+    compiling: float = 0.0
+
+
+Measure = Callable[[Config, str], Speed]  # of the "autoencoder" or the "denoiser" of a configuration
+
+
+def seen(stage: OptimizationConfig) -> int:
+    """Images that a stage trains on, each as often as it occurs."""
+    return stage.max_steps * stage.batch_size
+
+
+def put(config: Config, options: dict) -> None:
+    """Set options by their dotted names, but for those that the user gave."""
+    for name, value in options.items():
+        if name not in config.given:
+            section, _, own = name.rpartition(".")
+            setattr(attrgetter(section)(config) if section else config, own, value)
+
+
+def image_options(config: Config, facts: Facts) -> dict:
+    """Channels, and mirror images of all but drawings, in which letters and arrows are likely."""
+    mirrored = not facts.drawn and config.data.dataset != "digits"
+    return {"data.channels": 1 if facts.grey else 3, "data.horizontal_flip": mirrored}
+
+
+def recipes_at(resolution: int) -> tuple[Autoencoder, Autoencoder]:
+    """The autoencoders for a resolution."""
+    return AUTOENCODERS[max((side for side in AUTOENCODERS if side <= resolution), default=16)]
+
+
+def autoencoder_options(config: Config, facts: Facts, resolution: int, recipe: Autoencoder) -> dict:
+    """The options of an autoencoder, with the resolution."""
+    kl = config.autoencoder.kind == "AutoencoderKL" and "autoencoder.kind" in config.given
+    levels = len(config.autoencoder.widths if "autoencoder.widths" in config.given else recipe.widths)
+    blocks = recipe.blocks if levels == len(recipe.blocks) else [0] + [1] * (levels - 1)
+    own = {
+        "kind": "AutoencoderDC",  # reaches a linear code in a fifth of AutoencoderKL's time
+        "widths": recipe.widths,
+        "blocks": [1] * levels if kl else blocks,
+        # At 64 pixels thin lines and letters need more than photographs.
+        "latent_channels": 4 if resolution < 64 else 16 if resolution >= 128 else 8 if facts.drawn else 4,
+        "latent_noise": 0.1,
+        "kl_weight": 1e-6 if kl else 1e-3,  # holds the latents' scale; AutoencoderDC has no posterior
+        "learning_rate": recipe.learning_rate,
+        "batch_size": facts.typical_batch,
+    }
+    return {"data.resolution": resolution} | {f"autoencoder.{name}": value for name, value in own.items()}
+
+
+def unets_of(config: Config) -> tuple[UNet, ...]:
+    """The U-Nets to choose from: all, or the one that is nearest to given widths."""
+    if "denoiser.widths" not in config.given:
+        return UNETS
+    widest = max(config.denoiser.widths)
+    return (min(UNETS, key=lambda recipe: abs(math.log(widest / max(recipe.widths)))),)
+
+
+def denoiser_options(config: Config, recipe: UNet, side: int, batch_size: int) -> dict:
+    """The options of a U-Net for latents of `side`, with attention at 8x8 and below."""
+    widths = config.denoiser.widths if "denoiser.widths" in config.given else recipe.widths
+    coarse = [level > 0 and side >> level <= 8 for level in range(len(widths))]
+    own = {
+        "widths": widths,
+        "layers_per_block": recipe.layers,
+        "attention": [*coarse[:-1], True],
+        "attention_head_dim": math.gcd(64, *widths),
+        "norm_groups": math.gcd(32, *widths),
+        "learning_rate": recipe.learning_rate,
+        "batch_size": batch_size,
+    }
+    return {f"denoiser.{name}": value for name, value in own.items()}
+
+
+def smallest(config: Config, size: int) -> Config:
+    """A copy of `config` with the smallest networks, for batches of `size` images of 32 pixels."""
+    draft = copy.deepcopy(config)
+    put(draft, autoencoder_options(draft, Facts(1, 1, 32, typical_batch=size), 32, AUTOENCODERS[32][0]))
+    put(draft, denoiser_options(draft, unets_of(draft)[0], 16, size))
+    put(draft, {"autoencoder.warmup_steps": 0, "denoiser.warmup_steps": 0})
+    return draft
+
+
+def sampling_options(config: Config, facts: Facts) -> dict:
+    """Steps and guidance of samples."""
+    text = config.denoiser.text_encoder is not None
+    guided = text or (facts.classes > 0 and config.data.dataset != "digits")
+    return {
+        "denoiser.sample_steps": 8 if config.data.resolution <= 32 else 12,
+        "denoiser.guidance_scale": 5.0 if text else 2.0 if guided else 1.0,
+    }
+
+
+def batch_size(factor: float, images: float, facts: Facts) -> int:
+    """A batch that grows with the root of the images seen: a power of two from 16 to 1024, if there are as
+    many images, and a multiple of the processes."""
+    power = min(10, max(4, round(math.log2(factor * max(1.0, images) ** 0.5))), int(math.log2(facts.images)))
+    size = max(2**power, facts.processes)
+    return size - size % facts.processes
+
+
+def cadence_options(name: str, steps: int, checks: int, saves: int) -> dict:
+    """Warm-up, lines of the log, validations with grids, and checkpoints of a stage."""
+    own = {
+        "warmup_steps": min(1000, max(1, round(0.07 * steps))),
+        "log_every": min(50, max(1, steps // 20)),
+        "validate_every": math.ceil(steps / checks),
+        "sample_every": math.ceil(steps / checks),
+        "checkpoint_every": math.ceil(steps / saves),
+    }
+    return {f"{name}.{option}": value for option, value in own.items()}

@@ -1,0 +1,83 @@
+"""The time of a training step, measured on random images and latents before any training."""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from training.config import Config, OptimizationConfig
+from training.data.images import ImageData
+from training.losses.autoencoder import AutoencoderLoss
+from training.losses.denoising import DenoisingLoss
+from training.networks import blank_condition, new_autoencoder, new_denoiser, text_width_of
+from training.runtime.ema import EMA
+from training.runtime.optimization import build_optimizer
+
+
+def trial(
+    config: Config,
+    name: str,
+    count: int,
+    shape: tuple[int, int, int],
+    data: ImageData | None,
+    text: tuple | None,
+    device: torch.device,
+) -> tuple[nn.Module, tuple]:
+    """A network with its loss, and arguments of its forward pass: `count` random images.
+
+    Args:
+        name: "autoencoder" or "denoiser".
+        shape: (C, h, w) of the latents.
+        data: has the classes; see `new_denoiser`.
+        text: tokenizer and text encoder of captions, or None.
+    """
+    noise = torch.randn(count, *shape, device=device)
+    if name == "autoencoder":
+        size = config.data.resolution
+        images = torch.randn(count, config.data.channels, size, size, device=device)
+        return AutoencoderLoss(new_autoencoder(config), config.autoencoder).to(device), (images, noise)
+    stage = config.denoiser
+    words = text[1] if stage.trains_text_encoder else None
+    network = new_denoiser(config, data, shape, text_width_of(stage, text))
+    module = DenoisingLoss(network, stage, words).to(device)
+    condition = blank_condition(module.unet, count, device)
+    if words is not None:  # token numbers
+        mask = condition.encoder_attention_mask
+        condition = replace(condition, encoder_hidden_states=torch.zeros_like(mask, dtype=torch.int64))
+    times = torch.full((count,), 500, device=device)
+    return module, (noise, noise, times, condition)
+
+
+def time_step(
+    module: nn.Module,
+    config: OptimizationConfig,
+    arguments: tuple,
+    autocast: Callable[[], AbstractContextManager],
+) -> tuple[float, int]:
+    """Seconds of a training step, the best of three, and the bytes that its backward pass needs kept."""
+    optimizer = build_optimizer(config, module)
+    ema = EMA(module, config.ema_fraction, config.ema_half_life)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def step() -> float:
+        begun = time.perf_counter()
+        with autocast():
+            loss = module(*arguments)[0]
+            loss = loss["loss"] if isinstance(loss, dict) else loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(config.batch_size, config.batch_size)
+        loss.item()  # waits for the device
+        return time.perf_counter() - begun
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return min(step() for _ in range(3)), sum(kept.values())
