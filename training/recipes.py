@@ -31,13 +31,13 @@ class Autoencoder:
 # By resolution, one for every machine and one for a fast one. f2 below 64 pixels, f4 at 64, f8 above.
 AUTOENCODERS = {
     16: (Autoencoder(2_000, [16, 32], [0, 2], 2e-3), Autoencoder(1_000_000, [32, 64], [0, 2])),
-    32: (Autoencoder(5_000, [32, 64], [0, 2]), Autoencoder(1_000_000, [64, 128], [0, 3])),
+    32: (Autoencoder(4_000, [32, 64], [0, 2]), Autoencoder(1_000_000, [64, 128], [0, 3])),
     64: (
-        Autoencoder(10_000, [32, 64, 128], [0, 1, 1]),
+        Autoencoder(5_000, [32, 64, 128], [0, 1, 1]),
         Autoencoder(1_000_000, [64, 128, 256], [0, 2, 3]),
     ),
     128: (
-        Autoencoder(20_000, [16, 32, 64, 128], [0, 1, 1, 1]),
+        Autoencoder(10_000, [16, 32, 64, 128], [0, 1, 1, 1]),
         Autoencoder(1_000_000, [32, 64, 128, 256], [0, 1, 2, 2]),
     ),
 }
