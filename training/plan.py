@@ -24,7 +24,6 @@ from training.recipes import (
     batch_size,
     cadence_options,
     denoiser_options,
-    image_options,
     put,
     recipes_at,
     sampling_options,
@@ -63,20 +62,29 @@ class Plan:
 def choose(config: Config, facts: Facts, seconds: float, measure: Measure) -> Plan:
     """The best that `seconds` from now buy, with every option in `config.given` as it is.
 
+    Mirror images are encoded only where the images themselves are seen more than once.
+
     Raises:
         RunError: they buy nothing useful; it names the least.
     """
+    plan = _choose(config, facts, seconds, measure, mirrored=False)
+    if facts.drawn or config.data.dataset == "digits" or seen(plan.config.denoiser) <= facts.images:
+        return plan
+    return _choose(config, facts, seconds, measure, mirrored=True)
+
+
+def _choose(config: Config, facts: Facts, seconds: float, measure: Measure, mirrored: bool) -> Plan:
     draft, reasons, everything = smallest(config, facts.typical_batch), [], facts.images + facts.held_out
-    put(draft, image_options(config, facts))
+    put(draft, {"data.channels": 1 if facts.grey else 3, "data.horizontal_flip": mirrored})
     start = FIXED + facts.decoding * everything / facts.scanners
     left = seconds * (1 - RESERVE) - start - facts.captions
     draft, encoder, first = _choose_autoencoder(draft, facts, left, measure, reasons)
-    passes = everything * (1 + cached(task_of(draft.denoiser))) / facts.processes
-    latents = facts.captions + passes * (
-        facts.decoding / max(1, facts.readers) + (1 + draft.data.horizontal_flip) * encoder.encode
-    )
-    left -= first + latents - facts.captions
+    decoding, passes = facts.decoding / max(1, facts.readers), 1 + draft.data.horizontal_flip
+    encoding = everything * (decoding + passes * encoder.encode) / facts.processes
+    encoding *= 1 + cached(task_of(draft.denoiser))
+    left -= first + encoding
     draft, denoiser, second, last = _choose_denoiser(draft, facts, left, encoder, measure, reasons)
+    latents = encoding + facts.captions
     parts = {"start": start, "autoencoder": first, "latents": latents, "denoiser": second, "evaluation": last}
     plan = Plan(draft, parts, reasons)
     _check_time(plan, seconds, encoder, denoiser)

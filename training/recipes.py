@@ -134,12 +134,6 @@ def put(config: Config, options: dict) -> None:
             setattr(attrgetter(section)(config) if section else config, own, value)
 
 
-def image_options(config: Config, facts: Facts) -> dict:
-    """Channels, and mirror images of all but drawings, in which letters and arrows are likely."""
-    mirrored = not facts.drawn and config.data.dataset != "digits"
-    return {"data.channels": 1 if facts.grey else 3, "data.horizontal_flip": mirrored}
-
-
 def recipes_at(resolution: int) -> tuple[Autoencoder, Autoencoder]:
     """The autoencoders for a resolution."""
     return AUTOENCODERS[max((side for side in AUTOENCODERS if side <= resolution), default=16)]
