@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from statistics import median
 
 import torch
 from torch import nn
@@ -57,7 +58,7 @@ def time_step(
     arguments: tuple,
     autocast: Callable[[], AbstractContextManager],
 ) -> tuple[float, int]:
-    """Seconds of a training step, the best of three, and the bytes that its backward pass needs kept."""
+    """Seconds of a training step, the median of five, and the bytes that its backward pass needs kept."""
     optimizer = build_optimizer(config, module)
     ema = EMA(module, config.ema_fraction, config.ema_half_life)
     kept: dict[int, int] = {}
@@ -72,6 +73,7 @@ def time_step(
             loss = module(*arguments)[0]
             loss = loss["loss"] if isinstance(loss, dict) else loss
         loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         ema.update(config.batch_size, config.batch_size)
@@ -80,4 +82,4 @@ def time_step(
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
-    return min(step() for _ in range(3)), sum(kept.values())
+    return median(step() for _ in range(5)), sum(kept.values())
