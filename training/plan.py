@@ -110,7 +110,10 @@ def _climb(
         if best is None or most >= need:
             most = number = images(measure(tried, name))
         if best is not None and most < need:
-            size, why = tried.data.resolution, f"pays from {need:,} images on, and would see {most:,.0f}"
+            size, why = (
+                tried.data.resolution,
+                f"pays from {need:,} images on, and would see {most:,.0f} at most",
+            )
             why = why if most else f"has more than {PARAMETERS_PER_IMAGE:,} parameters per image"
             reasons.append(f"{name} {getattr(tried, name).widths} at {size} pixels {why}")
             break
