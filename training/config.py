@@ -7,6 +7,7 @@ An option's type with its range, default, help (the text below it) and resume ru
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -367,6 +368,7 @@ class Config:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     given: ClassVar[frozenset[str]] = frozenset()  # names of the options in the file and the command line
+    started: ClassVar[float] = 0.0  # time.monotonic() when they were read
 
 
 def check_config(config: Config, together: bool = True) -> None:
@@ -501,6 +503,7 @@ def parse_config(argv: list[str] | None = None, stages: Sequence[str] | None = N
     Raises:
         RunError: for options that are unknown, wrong, without effect, or that cannot work together.
     """
+    started = time.monotonic()
     argv, parser = sys.argv[1:] if argv is None else argv, _config_parser()
     given = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
     if "config" not in given:
@@ -511,9 +514,8 @@ def parse_config(argv: list[str] | None = None, stages: Sequence[str] | None = N
     files = [Path(str(file)) for file in parsed.config or []]
     parsed = parser.instantiate(parsed)
     config = Config(**{f.name: getattr(parsed, f.name) for f in fields(Config)})
-    config.given = frozenset(given).union(
-        *(_names(yaml.safe_load(file.read_text("utf-8"))) for file in files)
-    )
+    trees = [yaml.safe_load(file.read_text("utf-8")) for file in files]
+    config.given, config.started = frozenset(given).union(*map(_names, trees)), started
     own = bool(files) and (files[-1].parent / LOCK).exists()  # a run folder's configuration means that run
     if config.output_dir is None:
         name = files[-1].stem if files else Path(config.data.dataset).absolute().stem
@@ -538,9 +540,13 @@ def command_line(*stages: str) -> Config:
         stages: stages that this script runs. Default: all.
     """
     try:
-        return parse_config(stages=stages)
+        config = parse_config(stages=stages)
     except RunError as error:
         fail(error)
+    if config.minutes is not None:
+        # Read as torch is imported: threads that wait for each other leave their cores to other programs.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return config
 
 
 def objective_of(config: DenoiserConfig) -> dict:

@@ -40,6 +40,7 @@ RECONSTRUCTION_SHARE = 0.01  # of the time, for metrics of held-out images
 CHECKS = 5  # validations and grids of a stage, at most
 BETWEEN_CHECKPOINTS = 300  # seconds
 DISK = 3e8  # bytes of a checkpoint a second
+FAR = 20  # times too few images for a network to be worth a word
 GRID_ROWS, FINAL_ROWS = 4, 8
 NUMBERS_OF_SAMPLES = (50_000, 10_000, 5000, 2000, 1000, 500, 200)
 
@@ -110,12 +111,11 @@ def _climb(
         if best is None or most >= need:
             most = number = images(measure(tried, name))
         if best is not None and most < need:
-            size, why = (
-                tried.data.resolution,
-                f"pays from {need:,} images on, and would see {most:,.0f} at most",
-            )
+            why = f"pays from {need:,} images on, and would see {most:,.0f} at most"
             why = why if most else f"has more than {PARAMETERS_PER_IMAGE:,} parameters per image"
-            reasons.append(f"{name} {getattr(tried, name).widths} at {size} pixels {why}")
+            if not most or FAR * most > need:
+                size = tried.data.resolution
+                reasons.append(f"{name} {getattr(tried, name).widths} at {size} pixels {why}")
             break
         best = tried
     return best
@@ -173,6 +173,8 @@ def _set_steps(draft: Config, name: str, images: float, cost: float, check: floa
     checks = min(CHECKS, max(1, int(MONITOR_SHARE * training / max(check, 1e-6))))
     saves = max(2, round(training / BETWEEN_CHECKPOINTS))
     put(draft, cadence_options(name, stage.max_steps, checks, saves))
+    if guide := getattr(stage, "guide_step", 0):
+        put(draft, {f"{name}.checkpoint_every": guide})
     checked = math.ceil(stage.max_steps / stage.validate_every) * check
     return training + checked + saves * 16 * speed.parameters / DISK + speed.compiling
 

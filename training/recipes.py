@@ -212,7 +212,7 @@ def batch_size(factor: float, images: float, facts: Facts) -> int:
 def cadence_options(name: str, steps: int, checks: int, saves: int) -> dict:
     """Warm-up, lines of the log, validations with grids, and checkpoints of a stage."""
     own = {
-        "warmup_steps": min(1000, max(1, round(0.07 * steps))),
+        "warmup_steps": min(1000, round(0.07 * steps)),
         "log_every": min(50, max(1, steps // 20)),
         "validate_every": math.ceil(steps / checks),
         "sample_every": math.ceil(steps / checks),

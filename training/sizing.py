@@ -3,8 +3,6 @@
 import copy
 import time
 
-import psutil
-
 from training.config import Config, RunError, check_config
 from training.options import options
 from training.plan import Plan, choose
@@ -54,7 +52,7 @@ def sized(config: Config, stages: list[str]) -> Config:
 
 def _left(config: Config) -> float:
     """Seconds of `--minutes` that this process has not used yet."""
-    return config.minutes * 60 - agreed(time.time() - psutil.Process().create_time())
+    return config.minutes * 60 - agreed(time.monotonic() - config.started)
 
 
 def _compiled(bench: Bench, plan: Plan) -> Plan:

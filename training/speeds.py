@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -33,6 +34,7 @@ from training.recipes import UNETS, Facts, Speed, denoiser_options, put, smalles
 from training.runtime.accelerator import choose_precision, usable_cores, wanted_threads
 from training.runtime.timing import time_step, trial
 
+Result = TypeVar("Result")
 LOOKED_AT = 200  # images
 DRAWN = 0.3  # share of neighbouring pixels that are equal; photographs have few
 TRYING = 0.01  # of the time, for the choice of threads and precision
@@ -96,20 +98,20 @@ class Bench:
         # On a CPU, batches that stay in its caches are encoded faster.
         put(config, {"data.num_workers": min(8, cores - 1) if cuda else 0})
         put(config, {"latents.batch_size": 256 if cuda else 32})
-        side = self._shorter_side()
+        sides = sorted(self._some(lambda index: min(data.train.raw(index).size)))
+        side = sides[len(sides) // 10]
         data.train.resolution, data.train.channels = min(128, max(16, 2 ** int(math.log2(side)))), 3
         if "data.resolution" in config.given:
             data.train.resolution = config.data.resolution
-        equal, grey, seconds = [], [], []
-        for index in self._some():
+
+        def look(index: int) -> tuple[float, float, bool]:
             begun = time.perf_counter()
-            try:
-                image = data.train[index, False]["images"]
-            except RunError:
-                continue  # the scan tells of it
-            seconds.append(time.perf_counter() - begun)
-            equal.append((image[..., 1:] == image[..., :-1]).all(0).float().mean().item())
-            grey.append(bool((image == image[:1]).all()))
+            image = data.train[index, False]["images"]
+            seconds = time.perf_counter() - begun
+            equal = (image[..., 1:] == image[..., :-1]).all(0).float().mean().item()
+            return seconds, equal, bool((image == image[:1]).all())
+
+        seconds, equal, grey = zip(*self._some(look), strict=True)
         return Facts(
             images=len(data.train),
             held_out=len(data.held_out),
@@ -126,21 +128,17 @@ class Bench:
             typical_batch=512 if cuda else 32 * self.state.num_processes,
         )
 
-    def _some(self) -> range:
-        count = len(self.data.train)
-        return range(0, count, math.ceil(count / LOOKED_AT))
-
-    def _shorter_side(self) -> int:
-        """Pixels that the shorter sides of nine of ten images have."""
-        sides = []
-        for index in self._some():
+    def _some(self, look: Callable[[int], Result]) -> list[Result]:
+        """The results for evenly spread training images, without those that cannot be read."""
+        results, count = [], len(self.data.train)
+        for index in range(0, count, math.ceil(count / LOOKED_AT)):
             try:
-                sides.append(min(self.data.train.raw(index).size))
-            except (OSError, ValueError):
+                results.append(look(index))
+            except (RunError, OSError, ValueError):
                 continue  # the scan tells of it
-        if not sides:
-            raise RunError(f"--data.dataset {self.config.data.dataset}: no image can be read")
-        return sorted(sides)[len(sides) // 10]
+        if not results:
+            raise RunError(f"--data.dataset {self.config.data.dataset}: none of its images can be read")
+        return results
 
     def _captions(self) -> float:
         """Seconds to encode all captions."""
