@@ -12,8 +12,8 @@ from training.config import Config, RunError, parse_config
 from training.plan import choose
 from training.recipes import AUTOENCODERS, UNETS, Facts, Speed, seen
 
-CIFAR = Facts(images=50_000, held_out=10_000, side=32, classes=10, decoding=2e-4)
-FLOWERS = Facts(images=2975, held_out=329, side=227, classes=5, decoding=1e-3)
+CIFAR = Facts(images=50_000, held_out=10_000, side=32, classes=10, decoding=2e-4, scanning=12)
+FLOWERS = Facts(images=2975, held_out=329, side=227, classes=5, decoding=1e-3, scanning=3)
 
 
 def machine(speed: float = 1.0):

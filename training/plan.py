@@ -75,9 +75,10 @@ def choose(config: Config, facts: Facts, seconds: float, measure: Measure) -> Pl
 
 
 def _choose(config: Config, facts: Facts, seconds: float, measure: Measure, mirrored: bool) -> Plan:
+    """`choose` with or without mirror images."""
     draft, reasons, everything = smallest(config, facts.typical_batch), [], facts.images + facts.held_out
     put(draft, {"data.channels": 1 if facts.grey else 3, "data.horizontal_flip": mirrored})
-    start = FIXED + facts.decoding * everything / facts.scanners
+    start = FIXED + facts.scanning
     left = seconds * (1 - RESERVE) - start - facts.captions
     draft, encoder, first = _choose_autoencoder(draft, facts, left, measure, reasons)
     decoding, passes = facts.decoding / max(1, facts.readers), 1 + draft.data.horizontal_flip

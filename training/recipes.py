@@ -74,7 +74,7 @@ class Facts:
         classes: 0 without.
         decoding: seconds until an image is read, decoded and transformed.
         readers: processes that decode beside the training; 0: it decodes itself.
-        scanners: processes that decode in the scan.
+        scanning: seconds of the scan.
         captions: seconds to encode all of them.
         judging: seconds of the feature network for an image; None without one.
         processes: they share a batch.
@@ -89,7 +89,7 @@ class Facts:
     classes: int = 0
     decoding: float = 0.0
     readers: int = 0
-    scanners: int = 1
+    scanning: float = 0.0
     captions: float = 0.0
     judging: float | None = None
     processes: int = 1

@@ -2,6 +2,7 @@
 
 import copy
 import time
+from functools import partial
 
 from training.config import Config, RunError, check_config
 from training.options import options
@@ -40,10 +41,9 @@ def sized(config: Config, stages: list[str]) -> Config:
             "size in a file by --config"
         )
     bench = Bench(config, state)
-    left = _left(config)
-    plan = choose(bench.config, bench.facts, left, bench.measure)
-    others = _others(bench, left)
-    plan = _compiled(bench, plan)
+    plan = choose(bench.config, bench.facts, _left(config), bench.measure)
+    others, sized_for = _others(bench), _compiled(bench, plan)
+    plan = choose(sized_for, bench.facts, _left(config), bench.measure)  # the timings took their time too
     check_config(plan.config)
     bench.free()
     state.print("\n".join(_told(bench, plan) + others), flush=True)
@@ -55,19 +55,20 @@ def _left(config: Config) -> float:
     return config.minutes * 60 - agreed(time.monotonic() - config.started)
 
 
-def _compiled(bench: Bench, plan: Plan) -> Plan:
-    """The plan with a compiled denoiser, where that sees more images in the same time."""
-    config = plan.config
-    known = bench.device.type != "cuda" or "denoiser.compile" in config.given
+def _compiled(bench: Bench, plan: Plan) -> Config:
+    """The configuration to size, with the plan's denoiser compiled where that gains more than it takes."""
+    known = bench.device.type != "cuda" or "denoiser.compile" in plan.config.given
     if known or plan.parts["denoiser"] < WORTH_COMPILING:
-        return plan
-    config = copy.deepcopy(config)
+        return bench.config
+    config = copy.deepcopy(plan.config)
     config.denoiser.compile = True
-    config.given |= {f"denoiser.{name}" for name in (*NETWORK, "compile")}
     slow, fast = bench.measure(plan.config, "denoiser"), bench.measure(config, "denoiser")
     if (slow.step - fast.step) * seen(plan.config.denoiser) < fast.compiling:
-        return choose(bench.config, bench.facts, _left(config), bench.measure)  # the trial took its time too
-    return choose(config, bench.facts, _left(config), bench.measure)
+        return bench.config
+    chosen = copy.deepcopy(bench.config)
+    chosen.denoiser = config.denoiser
+    chosen.given |= {f"denoiser.{name}" for name in (*NETWORK, "compile")}
+    return chosen
 
 
 def _told(bench: Bench, plan: Plan) -> list[str]:
@@ -105,12 +106,13 @@ def _why_no_metrics(bench: Bench) -> str:
     return f": {bench.config.evaluation.features} would take too much of the time"
 
 
-def _others(bench: Bench, left: float) -> list[str]:
+def _others(bench: Bench) -> list[str]:
     """The lines of twice and half the time."""
-    lines, total = [], bench.config.minutes * 60
+    lines, config = [], bench.config
     for factor, word in ((2, "twice"), (0.5, "half")):
+        seconds = _left(config) + (factor - 1) * config.minutes * 60
         try:
-            plan = choose(bench.config, bench.facts, left + (factor - 1) * total, bench.measure).describe()
+            plan = choose(config, bench.facts, seconds, partial(bench.measure, exact=False)).describe()
         except RunError:
             plan = "too little for anything useful"
         lines.append(f"  {word} the time: {plan}")

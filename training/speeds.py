@@ -18,7 +18,7 @@ from training.config import Config, RunError, check_config
 from training.data.captions import encode_captions, unique_captions, words_encoder
 from training.data.images import load_images
 from training.data.latents import encode
-from training.data.scan import MANY_IMAGES
+from training.data.scan import MANY_IMAGES, SAMPLE_SIZE
 from training.data.tasks import paired_column
 from training.evaluation.features import FeaturesUnavailable, load_network
 from training.evaluation.validation import inference, psnr, ssim
@@ -93,11 +93,11 @@ class Bench:
 
     def _look(self) -> Facts:
         """The images by a sample of them, and everything that surrounds the networks."""
-        config, data, cores = self.config, self.data, self.cores
-        cuda, many = self.device.type == "cuda", len(data.train) >= MANY_IMAGES
-        # On a CPU, batches that stay in its caches are encoded faster.
-        put(config, {"data.num_workers": min(8, cores - 1) if cuda else 0})
-        put(config, {"latents.batch_size": 256 if cuda else 32})
+        config, data = self.config, self.data
+        cuda = self.device.type == "cuda"
+        # Without gradients too, batches that stay in a CPU's caches are faster.
+        sizes = {"latents.batch_size": 256 if cuda else 32, "evaluation.batch_size": 256 if cuda else 32}
+        put(config, {"data.num_workers": min(8, self.cores - 1) if cuda else 0} | sizes)
         sides = sorted(self._some(lambda index: min(data.train.raw(index).size)))
         side = sides[len(sides) // 10]
         data.train.resolution, data.train.channels = min(128, max(16, 2 ** int(math.log2(side)))), 3
@@ -112,6 +112,7 @@ class Bench:
             return seconds, equal, bool((image == image[:1]).all())
 
         seconds, equal, grey = zip(*self._some(look), strict=True)
+        decoding = agreed(sum(seconds) / len(seconds))
         return Facts(
             images=len(data.train),
             held_out=len(data.held_out),
@@ -119,13 +120,13 @@ class Bench:
             grey=all(grey),
             drawn=sum(equal) / len(equal) > DRAWN,
             classes=len(data.id2label) if data.id2label is not None and has_classes(config, data) else 0,
-            decoding=agreed(sum(seconds) / len(seconds)),
+            decoding=decoding,
             readers=config.data.num_workers,
-            scanners=(config.data.num_workers or cores) if many else 1,
+            scanning=self._scanning(decoding),
             captions=self._captions(),
             judging=self._judging(),
             processes=self.state.num_processes,
-            typical_batch=512 if cuda else 32 * self.state.num_processes,
+            typical_batch=512 if cuda else 16 * self.state.num_processes,
         )
 
     def _some(self, look: Callable[[int], Result]) -> list[Result]:
@@ -139,6 +140,14 @@ class Bench:
         if not results:
             raise RunError(f"--data.dataset {self.config.data.dataset}: none of its images can be read")
         return results
+
+    def _scanning(self, decoding: float) -> float:
+        """Seconds of the scan, which divides large splits among all cores."""
+        config, total = self.config.data, 0.0
+        for split in (self.data.train, self.data.held_out):
+            count = len(split) if config.scan == "full" else min(len(split), SAMPLE_SIZE)
+            total += count * decoding / ((config.num_workers or self.cores) if count >= MANY_IMAGES else 1)
+        return total
 
     def _captions(self) -> float:
         """Seconds to encode all captions."""
@@ -204,20 +213,25 @@ class Bench:
         autocast = partial(torch.autocast, self.device.type, torch.bfloat16, precision == "bf16")
         return agreed(time_step(module, draft.denoiser, arguments, autocast)[0])
 
-    def measure(self, config: Config, name: str) -> Speed:
-        """The speed of a network of `config`, which has the threads and the precision that were chosen."""
+    def measure(self, config: Config, name: str, exact: bool = True) -> Speed:
+        """The speed of a network of `config`, which has the threads and the precision that were chosen.
+
+        Args:
+            exact: False takes a speed with another batch size, if there is one.
+        """
         stage = getattr(config, name)
-        own = ("batch_size", "widths", "layers_per_block", "attention", "compile")
+        own = ("widths", "layers_per_block", "attention", "compile")
         first = ("widths", "kind", "blocks", "latent_channels")
         key = (name, config.data.resolution, *(str(getattr(stage, each, None)) for each in own))
         key += tuple(str(getattr(config.autoencoder, each)) for each in first)
-        if key not in self.speeds:
+        known, size = self.speeds.setdefault(key, {}), stage.batch_size
+        if size not in known and (exact or not known):
             try:
-                self.speeds[key] = self._measure(config, name)
+                known[size] = self._measure(config, name)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
-                self.speeds[key] = Speed(math.inf, math.inf, 0)
-        return self.speeds[key]
+                known[size] = Speed(math.inf, math.inf, 0)
+        return known.get(size) or next(iter(known.values()))
 
     def _measure(self, config: Config, name: str) -> Speed:
         stage, processes = getattr(config, name), self.state.num_processes
