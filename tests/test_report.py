@@ -12,9 +12,8 @@ import pytest
 from conftest import launch, start
 from PIL import Image
 
-from training.config import RunError
 from training.evaluation.curves import draw_charts
-from training.evaluation.report import save_report
+from training.evaluation.report import main, save_report
 from training.runtime.signals import EXIT_CODE
 
 VOID = {"meta", "link", "img", "input"}
@@ -124,15 +123,16 @@ def test_names_from_the_data_are_text(tiny_run, tmp_path):
     assert [len(page.all(tag)) for tag in ("script", "img")] == [1, len(before.all("img"))]
 
 
-def test_a_report_that_fails_ends_no_run(tiny_run, tmp_path):
+def test_a_report_that_fails_ends_no_run(tiny_run, tmp_path, monkeypatch, capsys):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     (run / "sweep").mkdir()
     (run / "sweep" / "sweep.json").write_text("{")
     assert "no new report.html" in launch("train_ldm.py", "--output_dir", run).stdout
-    with pytest.raises(RunError, match="sweep.json"):
-        save_report(run)
-    with pytest.raises(RunError, match="want a run folder"):
-        save_report(tmp_path)
+    for folder, message in ((run, "sweep.json"), (tmp_path, "want a run folder")):
+        monkeypatch.setattr("sys.argv", ["report", str(folder)])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert message in capsys.readouterr().err
 
 
 def test_a_chart_has_its_lines_in_its_frame_and_round_numbers_on_its_axes():

@@ -129,8 +129,9 @@ def _draw(title: str, unit: str, curves: dict, last: int, from_zero: set) -> Cha
         )
         for name, points in curves.items()
     ]
+    units = [unit] * bool(unit) + ["logarithmic"] * logarithmic
     return Chart(
-        title, unit, last, lines,
+        title, ", ".join(units), last, lines,
         [(x(step), _short(step)) for step in _ticks(0, max(1, last)) if step == int(step)],
         [(y(value), _short(value)) for value in y_ticks],
         "clean" in curves,
