@@ -3,7 +3,7 @@
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 from typing import Any
@@ -113,7 +113,7 @@ def check_pairs(
     """RunError where a picture in the paired column is missing, unreadable, or of another shape."""
     for split in (data.train, data.held_out):
         results = _inspect(_PairInspection(split), range(len(split)), num_workers, worker_init_fn)
-        if bad := {index: reason for index, reason in results.items() if reason}:
+        if bad := {index: reason for index, reason in results if reason}:
             shown = "".join(f"\n  {split.name_of(index)}: {bad[index]}" for index in list(bad)[:10])
             raise RunError(
                 f"--denoiser.task column:{split.paired_column}: {len(bad):,} of {len(split):,} pictures of "
@@ -135,14 +135,18 @@ def scan(
     Raises:
         RunError: no image of a split can be used.
     """
-    found, unreadable, counts, sampled, classes = [], [], {}, 0, None
+    found, unreadable, counts, sampled, classes = Counter(), [], {}, 0, None
     for key, split in (("train", data.train), ("held_out", data.held_out)):
         indices = range(len(split))
         if extent == "sample" and len(split) > SAMPLE_SIZE:
             indices = [number * (len(split) - 1) // (SAMPLE_SIZE - 1) for number in range(SAMPLE_SIZE)]
         sampled += len(indices)
-        results = _inspect(_Inspection(split), indices, num_workers, worker_init_fn)
-        bad = {index: reason for index, reason in results.items() if isinstance(reason, str)}
+        bad = {}
+        for index, result in _inspect(_Inspection(split), indices, num_workers, worker_init_fn):
+            if isinstance(result, str):
+                bad[index] = result
+            else:
+                found[result] += 1
         for index, reason in bad.items():
             unreadable.append({"split": key, "index": index, "name": split.name_of(index), "reason": reason})
         counts[key] = len(split) - len(bad)
@@ -152,16 +156,18 @@ def scan(
         if key == "train" and data.id2label is not None:
             names = [data.id2label[label] for i, label in enumerate(split.labels.tolist()) if i not in bad]
             classes = {name: 0 for name in data.id2label.values()} | Counter(names)
-        found += [result for index, result in results.items() if index not in bad]
-    sides = sorted(min(size) for size, _ in found)
-    sizes = Counter(f"{width}x{height}" for (width, height), _ in found)
+    sides, sizes, modes = Counter(), Counter(), Counter()
+    for (size, mode), count in found.items():
+        sides[min(size)] += count
+        sizes["{}x{}".format(*size)] += count
+        modes[mode] += count
     return Scan(
         resolution=data.train.resolution,
         counts=counts,
         sizes=dict(sizes.most_common(1000)),
-        shorter_sides=[sides[0], median_low(sides), sides[-1]],
-        enlarged=sum(side < data.train.resolution for side in sides),
-        modes=dict(Counter(mode for _, mode in found).most_common()),
+        shorter_sides=[min(sides), median_low(sides.elements()), max(sides)],
+        enlarged=sum(count for side, count in sides.items() if side < data.train.resolution),
+        modes=dict(modes.most_common()),
         classes=classes,
         unreadable=unreadable,
         sampled=sampled if sampled < len(data.train) + len(data.held_out) else 0,
@@ -170,8 +176,8 @@ def scan(
 
 def _inspect(
     dataset: _Inspection, indices: Sequence[int], num_workers: int, worker_init_fn: Callable | None
-) -> dict[int, Any]:
-    """The result of an inspection by index, in the order of `indices`."""
+) -> Iterator[tuple[int, Any]]:
+    """The results of an inspection with their indices, in the order of `indices`."""
     many = len(indices) >= MANY_IMAGES
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = (num_workers or (cores if cores > 1 else 0)) if many else 0
@@ -179,4 +185,4 @@ def _inspect(
     loader = DataLoader(dataset, 64, sampler=indices, **options)
     every = 0.1 if sys.stderr.isatty() else 30  # seconds: a log file keeps every line
     bar = tqdm(loader, f"scanning {dataset.split.name}", mininterval=every, disable=not many)
-    return dict(zip(indices, (result for batch in bar for result in batch), strict=True))
+    return zip(indices, (result for batch in bar for result in batch), strict=True)
