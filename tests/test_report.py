@@ -135,6 +135,39 @@ def test_a_report_that_fails_ends_no_run(tiny_run, tmp_path, monkeypatch, capsys
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.browser
+@pytest.mark.skipif(not shutil.which("chromedriver"), reason="no Chromium here; make browser installs it")
+def test_a_browser_moves_slider_and_pointer_without_an_error_or_a_request(tiny_run):
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    options = webdriver.ChromeOptions()
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    with webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver"))) as browser:
+        browser.get((tiny_run / "report.html").as_uri())
+        film = browser.find_element("css selector", "#autoencoder .film")
+        grids = film.find_elements("tag name", "img")
+        assert [grid.is_displayed() for grid in grids] == [False, True]  # the last one first
+        film.find_element("tag name", "input").send_keys(Keys.HOME)
+        assert [grid.is_displayed() for grid in grids] == [True, False]
+        assert film.find_element("tag name", "output").text == "Step 6"
+
+        chart = browser.find_element("css selector", "#denoiser .chart")
+        drawing, value = chart.find_element("tag name", "svg"), chart.find_element("css selector", "li b")
+        at_the_end = value.text
+        ActionChains(browser).move_to_element(drawing).perform()  # its middle
+        assert chart.find_element("tag name", "output").text == "step 6" and value.text != at_the_end
+
+        assert browser.get_log("browser") == []
+        events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+        sent = [event["params"]["request"]["url"] for event in events if "request" in event["params"]]
+        assert sent and not [url for url in sent if url.startswith(("http", "ws"))]
+
+
 def test_a_chart_has_its_lines_in_its_frame_and_round_numbers_on_its_axes():
     records = [{"step": step, "loss": 2.0 * 0.99**step, "error": -1.0} for step in range(10, 2001, 10)]
     records += [{"step": 2000, "loss": float("nan"), "FD-20": 3, "val_loss_by_timestep": [1.0, 2.0, 3.0]}]

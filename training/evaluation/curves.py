@@ -91,10 +91,10 @@ def draw_charts(records: list[dict]) -> list[Chart]:
     for title, unit, names in CHARTS:
         keys = [key for name in names for key in columns if metric(key) == name]
         curves = {names.get(name, name): points for key in keys for name, points in columns[key].items()}
-        charts += [_draw(title, unit, curves, last, FROM_ZERO & set(keys))] if curves else []
+        charts += [_draw(title, unit, curves, last, not FROM_ZERO.isdisjoint(keys))] if curves else []
         for key in keys:
             del columns[key]
-    return charts + [_draw(key, "", curves, last, FROM_ZERO & {key}) for key, curves in columns.items()]
+    return charts + [_draw(key, "", curves, last, key in FROM_ZERO) for key, curves in columns.items()]
 
 
 def _level(index: int, count: int) -> str:
@@ -102,7 +102,7 @@ def _level(index: int, count: int) -> str:
     return {0: "clean", count - 1: "noisy"}.get(index, f"{index + 1} of {count}")
 
 
-def _draw(title: str, unit: str, curves: dict, last: int, from_zero: set) -> Chart:
+def _draw(title: str, unit: str, curves: dict, last: int, from_zero: bool) -> Chart:
     curves = {name: _thinned(points) for name, points in curves.items()}
     values = [value for points in curves.values() for _, value in points]
     low, high = min(values), max(values)
