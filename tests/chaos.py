@@ -96,7 +96,7 @@ def strike_in_writes(
     def on_write(moment: str, path: Path) -> None:
         lines = len(path.read_bytes().splitlines()) if path.suffix == ".jsonl" and path.exists() else 0
         write = (re.sub(r"^.*?/run/", "", path.as_posix()), moment, lines // LINES)
-        if write not in known and wanted(write):
+        if write not in known and wanted(write) and not report.exists():  # a process has one accident
             report.write_text(json.dumps(write))
             accident(moment, path)
 
