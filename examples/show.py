@@ -11,6 +11,7 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 BLUE, RED, GREEN, PINK, OCHRE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a37b00", "#5a5a5a"
 rcParams |= {"axes.titlesize": 9, "legend.fontsize": 8, "legend.frameon": False, "axes.axisbelow": True}
@@ -48,8 +49,9 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
 
 
 def draw_images(axes, images: Tensor, title: str, columns: int) -> None:
-    """Draw grey images (N, 1, H, W) in [-1, 1], black on white, in rows of `columns`, without ticks."""
-    rows = [torch.cat(list(row), 1) for row in images.clamp(-1, 1)[:, 0].split(columns)]
+    """Draw grey images (N, 1, H, W) in [-1, 1], 1 as black, in rows of `columns`, without ticks."""
+    framed = pad(images.clamp(-1, 1), (1, 1, 1, 1), value=-1)[:, 0]
+    rows = [torch.cat(list(row), 1) for row in framed.split(columns)]
     axes.imshow(torch.cat(rows), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
     axes.set_title(title, loc="left")
     axes.set(xticks=[], yticks=[])
