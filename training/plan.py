@@ -33,7 +33,7 @@ from training.recipes import (
 )
 
 RESERVE = 0.04  # of the time, for what no plan foresees
-FIXED = 8.0  # seconds to start, load and save, beside all that is counted below
+FIXED = 5.0  # seconds to start, load and save, beside all that is counted below
 MONITOR_SHARE = 0.03  # of a stage, for validation and grids
 JUDGING_SHARE = 0.06  # of the time, for metrics of samples
 RECONSTRUCTION_SHARE = 0.01  # of the time, for metrics of held-out images

@@ -195,7 +195,10 @@ class Bench:
             results = {setting: self._try(recipe, *setting) for setting in settings}
             best = min(results, key=results.get)
             settings = [each for each in settings if results[each] < CLOSE * results[best]]
-            if len(settings) == 1 or agreed(time.perf_counter() - begun) > TRYING * config.minutes * 60:
+            spent = agreed(time.perf_counter() - begun)
+            if (
+                len(settings) == 1 or 4 * spent > TRYING * config.minutes * 60
+            ):  # the next takes thrice as long
                 break
         number, config.mixed_precision = best
         if number:
