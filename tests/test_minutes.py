@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -66,6 +67,20 @@ def test_what_is_chosen_suits_the_images():
     assert any("parameters per image" in reason for reason in few.reasons)
     fast = plan_of(60, CIFAR, 10_000).config
     assert fast.denoiser.widths == UNETS[-1].widths and fast.autoencoder.widths == AUTOENCODERS[32][1].widths
+
+
+def test_a_device_that_waits_for_python_gets_larger_batches():
+    busy = machine(1000)
+
+    def idle(config: Config, name: str) -> Speed:  # no step below 30 ms
+        speed = busy(config, name)
+        return replace(speed, step=max(speed.step, 0.03 / getattr(config, name).batch_size))
+
+    facts, sizes = replace(CIFAR, typical_batch=512), []
+    for measure in (busy, idle):
+        config = parse_config(["--data.dataset", "x", "--minutes", "10"])
+        sizes.append(choose(config, facts, 585, measure).config.denoiser.batch_size)
+    assert sizes[0] < sizes[1] == 512
 
 
 def test_options_that_are_given_stay(tmp_path):

@@ -37,6 +37,7 @@ FIXED = 5.0  # seconds to start, load and save, beside all that is counted below
 MONITOR_SHARE = 0.03  # of a stage, for validation and grids
 JUDGING_SHARE = 0.06  # of the time, for metrics of samples
 RECONSTRUCTION_SHARE = 0.01  # of the time, for metrics of held-out images
+WORTH_DOUBLING = 0.65  # of the time per image, at most, at which a batch is doubled
 CHECKS = 5  # validations and grids of a stage, at most
 BETWEEN_CHECKPOINTS = 300  # seconds
 DISK = 3e8  # bytes of a checkpoint a second
@@ -146,17 +147,26 @@ def _choose_autoencoder(draft: Config, facts: Facts, seconds: float, measure: Me
     side = draft.data.resolution
     ladder = [(recipe.need, autoencoder_options(draft, facts, side, recipe)) for recipe in recipes_at(side)]
     draft = _climb(draft, name, ladder, images, measure, reasons)
-    speed = _set_batch(draft, name, batch_size(0.15, images(measure(draft, name)), facts), measure)
+    speed = _set_batch(draft, name, batch_size(0.15, images(measure(draft, name)), facts), facts, measure)
     check = min(512, facts.held_out) * (speed.evaluate + facts.decoding) / facts.processes
     return draft, speed, _set_steps(draft, name, images(speed), cost(speed), check, speed)
 
 
-def _set_batch(draft: Config, name: str, size: int, measure: Measure) -> Speed:
-    """Set the batch size, or the part of it that fits into memory; the speed with it."""
-    put(draft, {f"{name}.batch_size": size})
-    while math.isinf(measure(draft, name).step) and size % 2 == 0 and f"{name}.batch_size" not in draft.given:
+def _set_batch(draft: Config, name: str, size: int, facts: Facts, measure: Measure) -> Speed:
+    """Set the batch size: the part of `size` that fits into memory, or a multiple of it, up to that at which
+    networks are compared, where a GPU waits for Python and takes hardly longer for it. Returns the speed."""
+    option = f"{name}.batch_size"
+    put(draft, {option: size})
+    while math.isinf(measure(draft, name).step) and size % 2 == 0 and option not in draft.given:
         size //= 2
-        put(draft, {f"{name}.batch_size": size})
+        put(draft, {option: size})
+    while 2 * size <= min(facts.typical_batch, facts.images) and option not in draft.given:
+        larger = copy.deepcopy(draft)
+        put(larger, {option: 2 * size})
+        if measure(larger, name).step > WORTH_DOUBLING * measure(draft, name).step:
+            break
+        size *= 2
+        put(draft, {option: size})
     return measure(draft, name)
 
 
@@ -203,7 +213,7 @@ def _choose_denoiser(
         for rung in unets_of(draft)
     ]
     draft = _climb(draft, name, ladder, suitable, measure, reasons)
-    speed = _set_batch(draft, name, batch_size(0.1, images(measure(draft, name)), facts), measure)
+    speed = _set_batch(draft, name, batch_size(0.1, images(measure(draft, name)), facts), facts, measure)
     stage, columns = draft.denoiser, min(facts.classes, 10) or 8
     passes = stage.sample_steps * (1 if stage.guidance_scale == 1 else 2)
     picture = (passes * speed.evaluate + encoder.decode) / facts.processes
