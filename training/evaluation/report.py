@@ -13,7 +13,7 @@ from datetime import datetime
 from functools import cache, lru_cache
 from pathlib import Path
 
-from jinja2 import ChainableUndefined, Environment, Template
+from jinja2 import ChainableUndefined, Environment, FileSystemLoader, Template
 from PIL import Image
 
 from ldm_pipeline.model_card import by_metric, duration, meaning, measured, metric, number, plain, sweep_table
@@ -51,12 +51,17 @@ def save_report(run: Path) -> Path:
 
 @cache
 def _template() -> Template:
+    """The page, of report.html, report.css and report.js."""
     environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=ChainableUndefined
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=ChainableUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     used = (number, plain, duration, measured, metric, meaning, guidance_words)
     environment.filters |= {function.__name__: function for function in used}
-    return environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    return environment.get_template("report.html")
 
 
 def content(run: Path) -> dict:
