@@ -102,8 +102,8 @@ def sample(unet: nn.Module, labels: Tensor, steps: int = 10) -> Tensor:
     side, channels = unet.config.sample_size, unet.config.in_channels
     noisy = torch.randn(len(labels), channels, side, side, generator=generator)
     for step in range(steps):
-        time = torch.full((len(labels),), 1000 * (1 - step / steps))
-        noisy = noisy - denoise(unet, noisy, time, Condition(labels)) / steps
+        times = torch.full((len(labels),), 1000 * (1 - step / steps))
+        noisy = noisy - denoise(unet, noisy, times, Condition(labels)) / steps
     return noisy
 
 

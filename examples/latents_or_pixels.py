@@ -21,10 +21,7 @@ from show import BLUE, RED, arguments, draw_images, new_figure, print_table, sav
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_pipeline.models import build_unet
-from ldm_pipeline.pipeline import (
-    Condition,
-    denoise,
-)
+from ldm_pipeline.pipeline import Condition, denoise
 
 PARTS = 3
 
@@ -32,16 +29,14 @@ PARTS = 3
 def closed_form(side: int, channels: int) -> int:
     """Operations of all convolutions of the U-Net for one image; two for each weight at each pixel."""
 
-    def block(
-        inputs: int, outputs: int
-    ) -> int:  # two convolutions of 3x3, and one of 1x1 where widths differ
+    def block(inputs: int, outputs: int) -> int:
+        """Two convolutions of 3x3, and one of 1x1 where the widths differ."""
         return 9 * outputs * (inputs + outputs) + (inputs != outputs) * inputs * outputs
 
     fine, coarse = UNET["widths"]
     full = 9 * channels * fine + block(fine, fine)  # in, and down
-    full += (
-        9 * coarse**2 + block(coarse + fine, fine) + block(2 * fine, fine) + 9 * fine * channels
-    )  # up, and out
+    full += 9 * coarse**2 + block(coarse + fine, fine) + block(2 * fine, fine)  # up
+    full += 9 * fine * channels  # out
     quarter = 9 * fine**2 + block(fine, coarse) + 2 * block(coarse, coarse)  # down, and the middle
     quarter += block(2 * coarse, coarse) + block(coarse + fine, coarse)  # up
     return 2 * side**2 * full + 2 * (side // 2) ** 2 * quarter
@@ -56,9 +51,8 @@ def counted(side: int, channels: int) -> int:
 
 
 if __name__ == "__main__":
-    options = arguments(
-        __doc__, seconds=(30.0, "of training on one core, for each of both"), samples=(200, "of each")
-    )
+    seconds = 30.0, "of one core for pixels, and as many for latents"
+    options = arguments(__doc__, seconds=seconds, samples=(200, "of each"))
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images, labels = load()
