@@ -16,8 +16,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NoReturn
 
-import yaml
-
 from training.options import (
     BelowOne,
     Finite,
@@ -506,16 +504,15 @@ def parse_config(argv: list[str] | None = None, stages: Sequence[str] | None = N
     started = time.monotonic()
     argv, parser = sys.argv[1:] if argv is None else argv, _config_parser()
     given = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
-    if "config" not in given:
-        argv = ["--minutes", str(DEFAULT_MINUTES), *argv]
-    parsed = parser.parse_args(argv)
+    ours = [] if "config" in given else ["--minutes", str(DEFAULT_MINUTES)]
+    parsed = parser.parse_args([*ours, *argv])
     if None in (parsed.config or []):
         parser.error("--config wants a file; give single options by their names, such as --seed 1")
     files = [Path(str(file)) for file in parsed.config or []]
     parsed = parser.instantiate(parsed)
     config = Config(**{f.name: getattr(parsed, f.name) for f in fields(Config)})
-    trees = [yaml.safe_load(file.read_text("utf-8")) for file in files]
-    config.given, config.started = frozenset(given).union(*map(_names, trees)), started
+    known = _names(parser.parse_args(argv, defaults=False).as_dict()) if argv else ()
+    config.given, config.started = frozenset(known), started
     own = bool(files) and (files[-1].parent / LOCK).exists()  # a run folder's configuration means that run
     if config.output_dir is None:
         name = files[-1].stem if files else Path(config.data.dataset).absolute().stem
@@ -528,7 +525,7 @@ def parse_config(argv: list[str] | None = None, stages: Sequence[str] | None = N
 
 
 def _names(tree: dict, prefix: str = "") -> Iterator[str]:
-    """The dotted names of the options in a tree of YAML."""
+    """The dotted names of the options in a tree."""
     for key, value in tree.items():
         yield from _names(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
 
