@@ -9,6 +9,7 @@ from statistics import median
 import torch
 from torch import nn
 
+from ldm_pipeline.pipeline import tokenize
 from training.config import Config, OptimizationConfig
 from training.data.images import ImageData
 from training.losses.autoencoder import AutoencoderLoss
@@ -23,7 +24,7 @@ def trial(
     name: str,
     count: int,
     shape: tuple[int, int, int],
-    data: ImageData | None,
+    data: ImageData,
     text: tuple | None,
     device: torch.device,
 ) -> tuple[nn.Module, tuple]:
@@ -32,7 +33,7 @@ def trial(
     Args:
         name: "autoencoder" or "denoiser".
         shape: (C, h, w) of the latents.
-        data: has the classes; see `new_denoiser`.
+        data: has the classes and captions.
         text: tokenizer and text encoder of captions, or None.
     """
     noise = torch.randn(count, *shape, device=device)
@@ -45,9 +46,13 @@ def trial(
     network = new_denoiser(config, data, shape, text_width_of(stage, text))
     module = DenoisingLoss(network, stage, words).to(device)
     condition = blank_condition(module.unet, count, device)
-    if words is not None:  # token numbers
-        mask = condition.encoder_attention_mask
-        condition = replace(condition, encoder_hidden_states=torch.zeros_like(mask, dtype=torch.int64))
+    if text is not None:
+        captions = [data.train.all_captions[row][0] for row in data.train.rows[:count].tolist()]
+        length = -(-tokenize(*text, captions)[1].shape[1] // 8) * 8  # as `CaptionDataset` pads a batch
+        hidden = condition.encoder_hidden_states.new_zeros(count, length, text_width_of(stage, text))
+        hidden = hidden if words is None else hidden[..., 0].long()  # token numbers
+        mask = torch.ones(count, length, dtype=torch.bool, device=device)
+        condition = replace(condition, encoder_hidden_states=hidden, encoder_attention_mask=mask)
     times = torch.full((count,), 500, device=device)
     return module, (noise, noise, times, condition)
 
