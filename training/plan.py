@@ -32,7 +32,7 @@ from training.recipes import (
     unets_of,
 )
 
-RESERVE = 0.04  # of the time, for what no plan foresees
+RESERVE = 0.06  # of the time, for what no plan foresees
 FIXED = 5.0  # seconds to start, load and save, beside all that is counted below
 MONITOR_SHARE = 0.03  # of a stage, for validation and grids
 JUDGING_SHARE = 0.06  # of the time, for metrics of samples

@@ -47,7 +47,8 @@ def trial(
     module = DenoisingLoss(network, stage, words).to(device)
     condition = blank_condition(module.unet, count, device)
     if text is not None:
-        captions = [data.train.all_captions[row][0] for row in data.train.rows[:count].tolist()]
+        rows = data.train.rows[:: max(1, len(data.train) // count)]
+        captions = [data.train.all_captions[row][0] for row in rows.tolist()]
         length = -(-tokenize(*text, captions)[1].shape[1] // 8) * 8  # as `CaptionDataset` pads a batch
         hidden = condition.encoder_hidden_states.new_zeros(count, length, text_width_of(stage, text))
         hidden = hidden if words is None else hidden[..., 0].long()  # token numbers
