@@ -54,13 +54,17 @@ def component(tabs: Tabs, kind: str, name: str):
         "guidance_scale": lambda: slider("Guidance, off at 1", 0, 15, scale, 0.1),
         "scheduler": lambda: gr.Dropdown(schedulers, value=scheduler, label="Scheduler"),
     }
-    return make[name]()
+    field = make[name]()
+    field.elem_id = f"{kind}-{name}"
+    return field
 
 
 def picture(pipe, label: str) -> gr.Image:
     """A field for a file of a picture, which stays as it is."""
-    options = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"], "height": 240}
-    return gr.Image(label=label, elem_classes=look_of(pipe, "picture"), **options)
+    options = {"type": "filepath", "sources": ["upload", "clipboard"], "height": 240}
+    field = gr.Image(label=label, elem_classes=look_of(pipe, "picture"), **options)
+    field.preprocess = lambda file: file.path if file else None  # `tabs` reads it, and says if it cannot
+    return field
 
 
 def canvas() -> gr.ImageEditor:

@@ -231,7 +231,7 @@ def test_bad_requests_are_answered_in_words(served, tmp_path):
     (tmp_path / "notes.png").write_text("no picture")
     for kind, values, message in (
         ("edit", {}, "There is no picture"),
-        ("edit", {"image": handle_file(str(tmp_path / "notes.png"))}, "notes.png"),
+        ("edit", {"image": handle_file(str(tmp_path / "notes.png"))}, "^notes.png cannot be read"),
         ("draw", {"class_labels": "unicorn"}, "unicorn"),
         ("draw", {"guidance_scale": 3.0}, "No class is chosen"),
     ):
