@@ -9,7 +9,7 @@ import re
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -32,7 +32,8 @@ ADDRESS = "q => { const u = new URL(location); u.search = q; history.replaceStat
 FONT = ["system-ui", "sans-serif"]  # of the machine that looks
 CSS = """
 .picture img { width: 100%; height: 100%; object-fit: contain }
-.gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(90px, 1fr)) !important }
+.gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)) !important }
+.gallery .caption-label { padding: 2px 6px; font-size: 11px; max-width: 100% }
 .small img { image-rendering: pixelated }
 .status { min-height: 1.5em }
 """
@@ -62,6 +63,7 @@ class Page:
         self.pipe, self.model, self.tabs = pipe, model, Tabs(pipe, prompts)
         pipe.set_progress_bar_config(disable=True)
         self.running: dict[str, threading.Event] = {}  # by session: set, it stops what is drawn
+        self.lock = threading.Lock()  # of what draws: who has cancelled may leave a last step behind
         self.drawn = spaces.GPU(self._drawn) if spaces else self._drawn
         self.fields: dict[str, dict] = {}  # of each tab, its components by name
 
@@ -134,56 +136,59 @@ class Page:
     def _drawn(self, session: str, *request):
         """What `commands.stream` gives. On ZeroGPU another process runs this, on copies of its arguments."""
         stop = self.running.setdefault(session, threading.Event())
-        yield from commands.stream(self.pipe, stop, *request)
+        with self.lock:
+            yield from commands.stream(self.pipe, stop, *request)
 
     def runner(self, kind: str):
-        """The function of a tab's button, which yields pictures, progress and the link."""
-        film, rows, same = kind == "film", kind in ("film", "interpolate"), gr.skip()
+        """The function of a tab's button, which yields what `_results` shows and the seed."""
+        same = gr.skip()
 
         def run(request: gr.Request, *values):
-            given = dict(zip(self.fields[kind], values, strict=True))
-            given["seed"] = seed = random.randrange(100_000) if given.pop("new_seed") else given["seed"] or 0
-            said = {name: value for name, value in given.items() if name not in PICTURES and value != ""}
-            scheduler = given.get("scheduler", type(self.pipe.scheduler).__name__)
             begun, session = time.monotonic(), request.session_hash
             with explained(), tempfile.TemporaryDirectory() as folder:
-                command, options, number = self.tabs.asked(kind, given)
-                asked = command, options, seed, number, scheduler, film
+                asked, seed, said = self._asked(kind, dict(zip(self.fields[kind], values, strict=True)))
                 try:
-                    for progress, pictures in self.drawn(session, *asked):
-                        if progress:
-                            yield pictures or same, progress, same, same, same, seed
+                    with closing(self.drawn(session, *asked)) as drawn:
+                        for progress, pictures in drawn:
+                            if progress:
+                                yield pictures or same, progress, same, same, same, seed
                 except commands.Stopped:
                     yield same, "cancelled", same, same, same, same
                     return
                 finally:
                     self.running.pop(session, None)
-                own = {"image": [Path(given[name]).name for name in PICTURES[:2] if given.get(name)]}
-                told = {
-                    "command": command,
-                    "model": self.model,
-                    "dtype": str(self.pipe.dtype)[6:],
-                    **said,
-                    **own,
-                }
-                files, moving = [], None
-                for i, picture in enumerate(pictures):
-                    told["seed"] = seed if rows else seed + i
-                    file = commands.save(picture, Path(folder), kind, told)
-                    files.append((str(file), f"{i + 1} of {len(pictures)}" if rows else f"seed {seed + i}"))
-                if rows:
-                    moving = commands.save_animation(pictures, Path(folder) / f"{kind}.webp", not film)
-                last = len(files)
-                yield (
-                    gr.Gallery(files, selected_index=last - 1) if film else files,
-                    f"done in {time.monotonic() - begun:.1f} s",
-                    f"?{urlencode({'tab': kind, **said})}",
-                    gr.Slider(maximum=last, value=last, visible=True) if film and last > 1 else same,
-                    gr.Image(moving, visible=True) if rows else same,
-                    seed,
-                )
+                gallery, frame, moving = self._saved(kind, pictures, seed, said, Path(folder))
+                link = {name: value for name, value in said.items() if name in self.fields[kind]}
+                told = f"done in {time.monotonic() - begun:.1f} s"
+                yield gallery, told, f"?{urlencode({'tab': kind, **link})}", frame, moving, seed
 
         return run
+
+    def _asked(self, kind: str, given: dict) -> tuple[tuple, int, dict]:
+        """Arguments of `commands.stream`, the seed, and the settings as a picture says them."""
+        given["seed"] = seed = random.randrange(100_000) if given.pop("new_seed") else given["seed"] or 0
+        command, options, number = self.tabs.asked(kind, given)
+        scheduler = given.get("scheduler", type(self.pipe.scheduler).__name__)
+        said = {"command": command, "model": self.model, "dtype": str(self.pipe.dtype).split(".")[1]}
+        said |= {name: value for name, value in given.items() if name not in PICTURES and value != ""}
+        if files := [Path(given[name]).name for name in PICTURES[:2] if given.get(name)]:
+            said["files"] = files
+        return (command, options, seed, number, scheduler, kind == "film"), seed, said
+
+    def _saved(self, kind: str, pictures: list, seed: int, said: dict, folder: Path) -> tuple:
+        """Values of gallery, slider and moving picture; every picture says its settings."""
+        film, rows, last, files = kind == "film", kind in ("film", "interpolate"), len(pictures), []
+        for i, picture in enumerate(pictures):
+            own = said | {"seed": seed if rows else seed + i}
+            caption = f"{i + 1} of {last}" if rows else f"seed {seed + i}"
+            files.append((str(commands.save(picture, folder, kind, own)), caption))
+        if not rows:
+            return files, gr.skip(), gr.skip()
+        moving = gr.Image(commands.save_animation(pictures, folder / f"{kind}.webp", not film), visible=True)
+        if not film:
+            return files, gr.skip(), moving
+        frame = gr.Slider(maximum=last, value=last, visible=True) if last > 1 else gr.skip()
+        return gr.Gallery(files, selected_index=last - 1), frame, moving
 
     def filler(self, kind: str, examples: list[Example]):
         """The function of a tab's examples: their values of its fields, with the picture drawn."""
@@ -192,7 +197,7 @@ class Page:
             example, fields = examples[index], self.fields[kind]
             values = {"seed": 0, "new_seed": False} | example.values
             if picture := {"image", "canvas"} & set(fields) and kind != "interpolate":
-                with explained():
+                with explained(), self.lock:
                     picture = self.tabs.source(example)
             if "canvas" in fields:
                 picture = picture.resize((CANVAS, CANVAS), Image.Resampling.NEAREST)
@@ -217,11 +222,10 @@ class Page:
         kind = said.get("tab", next(iter(self.fields)))
         with explained():
             if kind not in self.fields:
-                raise ValueError(
-                    f"the link asks for the tab {kind!r}; this model has: {', '.join(self.fields)}"
-                )
-            found = {name: value_of(field, name, said[name]) for name, field in self.fields[kind].items()
-                     if name in said and name not in PICTURES}  # fmt: skip
+                known = ", ".join(self.fields)
+                raise ValueError(f"The link asks for the tab {kind!r}; this model has: {known}")
+            fields = {name: field for name, field in self.fields[kind].items() if name not in PICTURES}
+            found = {name: value_of(fields[name], name, said[name]) for name in fields.keys() & said.keys()}
         found |= {"new_seed": False} if "seed" in found else {}
         every = [(tab, name) for tab, fields in self.fields.items() for name in fields]
         values = [found.get(name, gr.skip()) if tab == kind else gr.skip() for tab, name in every]
@@ -243,13 +247,20 @@ def unavailable(model: str, error: Exception) -> gr.Blocks:
     return page
 
 
-def serve(page: gr.Blocks, host: str | None = None, port: int | None = None, **options):
-    """Serve a page, by default on this machine alone at the first free port from 7860; ends with Ctrl-C."""
+def serve(page: gr.Blocks, host: str | None = None, port: int | None = None, wait: bool = True) -> str:
+    """Serve a page, by default on this machine alone at the first free port from 7860; its address.
+
+    wait: until Ctrl-C.
+    """
     look = {"theme": gr.themes.Base(font=FONT, font_mono=["ui-monospace", "monospace"]), "css": CSS}
     private = {"share": False, "run_history": False, "footer_links": [], "ssr_mode": False}
-    limits = {"show_error": True, "max_file_size": "20mb"}
+    options = {"show_error": True, "max_file_size": "20mb", "quiet": True, "prevent_thread_lock": True}
     page.queue(max_size=32)
-    return page.launch(server_name=host, server_port=port, **look, **private, **limits, **options)
+    _, url, _ = page.launch(server_name=host, server_port=port, **look, **private, **options)
+    if wait:
+        print(f"The page: {url} (Ctrl-C ends it)", flush=True)
+        page.block_thread()
+    return url
 
 
 def main(model: str, prompts=()) -> None:

@@ -104,6 +104,7 @@ class Person:
         options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1")
         options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
         self.browser, self.url = webdriver.Chrome(options=options, service=Service(DRIVER)), url
+        self.errors: list[str] = []
         self.open()
 
     def __enter__(self):
@@ -114,7 +115,10 @@ class Person:
 
     def open(self, query: str = ""):
         """Open the page, with a query such as "?tab=edit"."""
+        self.errors += self.console()
         self.browser.get(self.url + query)
+        # What is left behind breaks off its connections.
+        self.errors += [each for each in self.console() if not re.search("Abort|Connection errored", each)]
         until(lambda: self.find("button[id$=-start]"))
 
     def find(self, css: str) -> list:
@@ -161,7 +165,7 @@ class Person:
         """Write into a field, such as "draw-seed"."""
         box = self.browser.find_element("css selector", f"#{field} input, #{field} textarea")
         self.browser.execute_script("arguments[0].select()", box)
-        box.send_keys(str(text) + "\t")
+        box.send_keys(f"\b{text}\t")
 
     def value(self, field: str) -> str:
         return self.browser.find_element("css selector", f"#{field} input, #{field} textarea").get_attribute(
@@ -176,6 +180,11 @@ class Person:
             return True
 
         until(clicked)
+
+    def console(self) -> list[str]:
+        """Errors since the last call."""
+        entries = self.browser.get_log("browser")
+        return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
 
     def requests(self) -> list[str]:
         """Addresses elsewhere that the browser asked for."""
@@ -195,7 +204,7 @@ def picture_at(url: str) -> Image.Image:
 def nothing_left(person: Person, served: Served):
     """No request to elsewhere, by browser or server, and no error in the console."""
     assert person.requests() == [] and served.outside.read_text() == ""
-    assert [entry for entry in person.browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    assert person.errors + person.console() == []
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +240,8 @@ def every_example(person: Person, *kinds: str):
     for kind in kinds:
         person.open(f"?tab={kind}")
         for number in range(len(until(lambda css=f"#{kind}-examples button": person.find(css)))):
-            person.open(f"?tab={kind}")
+            if number:
+                person.open(f"?tab={kind}")
             person.click(f"#{kind}-examples button", number)
             pictures = person.finished(kind)
             assert all(len(picture.getcolors(10**4)) > 1 for picture in pictures), (kind, number)

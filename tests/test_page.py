@@ -165,8 +165,7 @@ def test_fields_that_cannot_be_meant(tmp_path, encoder):  # noqa: F811
 def served():
     """A page of a tiny model, and its address."""
     page = Page(tiny_pipe(), "org/tiny")
-    _, url, _ = serve(page.build(), prevent_thread_lock=True, quiet=True)
-    yield page, url
+    yield page, serve(page.build(), wait=False)
     gr.close_all()
 
 
