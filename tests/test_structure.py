@@ -99,7 +99,7 @@ def test_every_configuration_is_valid(path):
 
 def test_every_command_and_flag_of_the_readme_exists(monkeypatch):
     monkeypatch.chdir(ROOT)
-    text = README + "".join((ROOT / f"docs/{name}.md").read_text() for name in ("editing", "learn"))
+    text = README + "".join((ROOT / f"docs/{name}.md").read_text() for name in ("editing", "learn", "page"))
     commands = re.findall(r"^(?:accelerate launch|python|make) (?:\\\n|.)*", text, re.MULTILINE)
     assert len(commands) >= 4
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
