@@ -7,6 +7,7 @@ import subprocess
 import sys
 from graphlib import TopologicalSorter
 from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from ldm_pipeline import __main__ as command_line
 from training import publish_ldm
 from training.config import parse_config
 
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # From what people run down to what everything rests on. A module imports from its own layer and those below.
 LAYERS = (
     "train_ldm train_autoencoder encode_latents train_denoiser evaluate_ldm publish_ldm",
@@ -97,11 +98,14 @@ def test_every_configuration_is_valid(path):
     assert parse_config(["--config", str(path)]).output_dir == f"runs/{path.stem}"
 
 
-def test_every_command_and_flag_of_the_readme_exists(monkeypatch):
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_every_command_and_flag_of_a_page_exists(page, monkeypatch):
     monkeypatch.chdir(ROOT)
-    text = README + "".join((ROOT / f"docs/{name}.md").read_text() for name in ("editing", "learn", "page"))
-    commands = re.findall(r"^(?:accelerate launch|python|make) (?:\\\n|.)*", text, re.MULTILINE)
-    assert len(commands) >= 4
+    text = page.read_text()
+    blocks = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    # Of a run of the reader.
+    blocks = re.sub(r"runs/\w+/config.yaml", "training/configs/tiny.yaml", blocks)
+    commands = re.findall(r"^(?:accelerate launch|python|make) (?:\\\n|.)*", blocks, re.MULTILINE)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for command in commands:
         words = shlex.split(command.replace("\\\n", " "), comments=True)
@@ -111,6 +115,9 @@ def test_every_command_and_flag_of_the_readme_exists(monkeypatch):
         if words[:3] == ["python", "-m", "ldm_pipeline"]:
             command_line.command_line().parse_args(words[3:])
             continue
+        if words[:2] == ["python", "-m"]:
+            assert find_spec(words[2]), command
+            continue
         script = next(word for word in words if word.endswith(".py"))
         assert (ROOT / script).exists(), command
         arguments = words[words.index(script) + 1 :]
@@ -118,11 +125,22 @@ def test_every_command_and_flag_of_the_readme_exists(monkeypatch):
             publish_ldm.parse(arguments)
         elif script.startswith("training/"):
             parse_config(arguments)
-    for flag in re.findall(r"`--((?:data|autoencoder|latents|denoiser|evaluation)\.\w+)", README):
+    for flag in re.findall(r"`--((?:data|autoencoder|latents|denoiser|evaluation)\.\w+)", text):
         section, option = flag.split(".")
         assert hasattr(getattr(parse_config([]), section), option), flag
 
 
-def test_every_file_that_the_readme_links_exists():
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert link.startswith("http") or (ROOT / link).exists(), link
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them of its headings."""
+    titles = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_every_link_of_a_page_leads_somewhere(page):
+    for link, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]+))?\)", page.read_text()):
+        if link.startswith("http"):
+            continue
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), f"{link}#{anchor}"

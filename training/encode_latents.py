@@ -217,7 +217,8 @@ def _encode_images(run: Run, autoencoder: nn.Module, images: Dataset, indices: r
     )
     for batch in loader:
         pixels = batch["images"].to(run.device)
-        encoded = [encode(autoencoder, pixels.flip(-1) if flip else pixels) for flip in flips]
+        with run.accelerator.autocast():
+            encoded = [encode(autoencoder, pixels.flip(-1) if flip else pixels) for flip in flips]
         for name, values in zip(("mean", "std"), zip(*encoded, strict=True), strict=True):
             if values[0] is not None:
                 moments[name].append(torch.stack(values, 1).half().cpu())

@@ -104,7 +104,7 @@ class Speed:
         step: a training step of all processes together.
         evaluate: without gradients on one process: one evaluation of a denoiser, or a reconstruction by an
             autoencoder with its PSNR and SSIM.
-        encode, decode: of an autoencoder on one process; `encode` in float32, as for the cache.
+        encode, decode: of an autoencoder on one process.
         side: of an autoencoder's latents.
         compiling: seconds, of all passes together.
     """

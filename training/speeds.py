@@ -267,12 +267,11 @@ class Bench:
             decoded = autoencoder.decode(encode(autoencoder, images)[0]).sample.float()
             return (psnr(decoded, images) + ssim(decoded, images)).sum().item()
 
-        with inference(autoencoder):
+        with inference(autoencoder), self.autocast():
             latents = encode(autoencoder, images)[0]
             coding = timed(lambda: encode(autoencoder, images)[0].sum().item())
-            with self.autocast():
-                decoding = timed(lambda: autoencoder.decode(latents).sample.sum().item())
-                judging = timed(judge)
+            decoding = timed(lambda: autoencoder.decode(latents).sample.sum().item())
+            judging = timed(judge)
         numbers = [seconds / count for seconds in (judging, coding, decoding)]
         return Speed(step, numbers[0], _parameters(autoencoder), *numbers[1:], latents.shape[-1])
 
