@@ -4,6 +4,7 @@ It calls the pipeline and `editing`, and computes nothing of its own. All that i
 that serves it: no font, script or count of visits is asked of another.
 """
 
+import os
 import random
 import re
 import tempfile
@@ -37,6 +38,9 @@ CSS = """
 .small img { image-rendering: pixelated }
 .status { min-height: 1.5em }
 """
+# Gradio's own folder outlives it, with all that was uploaded and drawn; this one ends with the process.
+FOLDER = tempfile.TemporaryDirectory(prefix="page-")
+os.environ.setdefault("GRADIO_TEMP_DIR", FOLDER.name)
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 MODEL = QUIET | {"concurrency_id": "model", "concurrency_limit": 1}  # one at a time; the others wait
 
@@ -76,7 +80,7 @@ class Page:
                 for name, operation in self.tabs.operations.items():
                     with gr.Tab(operation.title, id=name):
                         self._tab(name, operation)
-            every = [component for fields in self.fields.values() for component in fields.values()]
+            every = [self.fields[kind][name] for kind, name in self._in_links()]
             page.load(self.open_link, None, [tabs, *every], **QUIET)
         return page
 
@@ -206,7 +210,7 @@ class Page:
                 values["canvas"] = {"background": picture, "layers": [mask], "composite": picture}
             elif picture:
                 values["image"] = picture
-            return [values.get(name, gr.skip()) for name in fields]
+            return [values.get(name, None if name in PICTURES else gr.skip()) for name in fields]
 
         return fill
 
@@ -227,9 +231,13 @@ class Page:
             fields = {name: field for name, field in self.fields[kind].items() if name not in PICTURES}
             found = {name: value_of(fields[name], name, said[name]) for name in fields.keys() & said.keys()}
         found |= {"new_seed": False} if "seed" in found else {}
-        every = [(tab, name) for tab, fields in self.fields.items() for name in fields]
-        values = [found.get(name, gr.skip()) if tab == kind else gr.skip() for tab, name in every]
+        values = [found.get(name, gr.skip()) if tab == kind else gr.skip() for tab, name in self._in_links()]
         return [gr.Tabs(selected=kind), *values]
+
+    def _in_links(self) -> list[tuple[str, str]]:
+        """Tab and name of the fields that a link sets. Gradio makes components anew that a skip went to."""
+        every = [(kind, name) for kind, fields in self.fields.items() for name in fields]
+        return [(kind, name) for kind, name in every if name not in PICTURES]
 
 
 def use_seed(event: gr.SelectData) -> tuple:

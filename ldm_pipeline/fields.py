@@ -63,7 +63,8 @@ def picture(pipe, label: str) -> gr.Image:
     """A field for a file of a picture, which stays as it is."""
     options = {"type": "filepath", "sources": ["upload", "clipboard"], "height": 240}
     field = gr.Image(label=label, elem_classes=look_of(pipe, "picture"), **options)
-    field.preprocess = lambda file: file.path if file else None  # `tabs` reads it, and says if it cannot
+    # `tabs` reads it, and says if it cannot. No class of its own, for which Gradio would write a file here.
+    field.preprocess = lambda file: file.path if file else None
     return field
 
 

@@ -292,7 +292,8 @@ def test_what_is_drawn_is_seen_on_the_way_and_can_be_cancelled(person):
     person.open("?tab=draw&num_inference_steps=200&batch_size=16&seed=1")
     until(lambda: person.value("draw-seed") == "1")
     person.click("#draw-start")
-    until(lambda: "step" in person.status("draw") and len(person.find("#draw-pictures img")) == 16)
+    pictures = "return document.querySelectorAll('#draw-pictures img').length"
+    until(lambda: "step" in person.status("draw") and person.browser.execute_script(pictures) == 16)
     person.click("#draw-cancel")
     until(lambda: person.status("draw") == "cancelled")
     person.tab("Film")

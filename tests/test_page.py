@@ -244,8 +244,7 @@ def test_a_link_fills_its_tab_or_says_why_not():
 
     def opened(**query):
         tabs, *values = page.open_link(SimpleNamespace(query_params=query))
-        names = [(kind, name) for kind, fields in page.fields.items() for name in fields]
-        values = dict(zip(names, values, strict=True))
+        values = dict(zip(page._in_links(), values, strict=True))
         return tabs.selected, {name: value for name, value in values.items() if value != gr.skip()}
 
     assert opened() == ("draw", {}) and opened(__theme="dark") == ("draw", {})
