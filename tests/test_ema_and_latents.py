@@ -78,8 +78,11 @@ def test_mapped_latents_equal_resident_ones(cache):
     ]
     assert len(sets[0]) == len(sets[1]) == len(images)
     indices, noise = torch.randperm(len(images))[:32], torch.randn(32, *sets[0].shape)
-    a, b = (latents.batch(indices, torch.ones(32, dtype=torch.long), noise) for latents in sets)
-    assert torch.equal(a, b) and torch.equal(sets[0].class_labels(indices), sets[1].class_labels(indices))
+    for bf16 in (False, True):  # validation reads them where the networks compute in bf16
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            a, b = (latents.batch(indices, torch.ones(32, dtype=torch.long), noise) for latents in sets)
+        assert torch.equal(a, b)
+    assert torch.equal(sets[0].class_labels(indices), sets[1].class_labels(indices))
 
 
 def test_statistics_are_those_of_posterior_samples_and_normalise(cache):

@@ -99,7 +99,8 @@ class LatentDataset:
         rows = [self.shards[i // self.shard_size][key][i % self.shard_size] for i in indices.tolist()]
         if flips is not None:
             rows = [row[flip] for row, flip in zip(rows, flips.tolist(), strict=True)]
-        return torch.stack(rows).to(self.device)
+        with torch.autocast("cpu", enabled=False):  # which cannot stack float16
+            return torch.stack(rows).to(self.device)
 
     def batch(self, indices: Tensor, flips: Tensor, noise: Tensor) -> Tensor:
         """Normalised latents `(N, c, h, w)`, float32: samples of their posteriors.
