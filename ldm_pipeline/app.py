@@ -215,9 +215,13 @@ class Page:
         return fill
 
     def cancel(self, request: gr.Request) -> str:
-        """Stop what this visitor has begun."""
+        """Stop what this visitor has begun; returns once nothing more can be said of it."""
         if stop := self.running.get(request.session_hash):
             stop.set()
+            end = time.monotonic() + 10
+            while request.session_hash in self.running and time.monotonic() < end:
+                time.sleep(0.05)
+            time.sleep(0.5)  # its last progress is on its way to the browser
         return "cancelled"
 
     def open_link(self, request: gr.Request) -> list:

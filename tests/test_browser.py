@@ -201,6 +201,10 @@ def picture_at(url: str) -> Image.Image:
         return picture
 
 
+def seed_of(picture: Image.Image) -> int:
+    return json.loads(picture.info["parameters"])["seed"]
+
+
 def nothing_left(person: Person, served: Served):
     """No request to elsewhere, by browser or server, and no error in the console."""
     assert person.requests() == [] and served.outside.read_text() == ""
@@ -274,12 +278,13 @@ def test_a_picture_says_its_settings_and_gives_back_its_seed(person):
     person.click("#draw-new_seed input")
     person.click("#draw-start")
     pictures = person.finished("draw")
-    said = [json.loads(picture.info["parameters"]) for picture in pictures]
-    assert [each["seed"] for each in said] == [7, 8, 9, 10] and said[0]["class_labels"] == "cat"
+    assert [seed_of(each) for each in pictures] == [7, 8, 9, 10]
+    assert json.loads(pictures[0].info["parameters"])["class_labels"] == "cat"
     person.click("#draw-pictures .thumbnail-lg", 2)
     until(lambda: person.value("draw-seed") == "9")
     person.click("#draw-start")
-    until(lambda: json.loads(person.finished("draw")[0].info["parameters"])["seed"] == 9)
+    # The one that was chosen is shown large, and all of them below it.
+    until(lambda: {seed_of(each) for each in person.finished("draw")} == {9, 10, 11, 12})
     link = until(lambda: person.value("draw-link"))
     assert "seed=9" in link and link == person.browser.current_url
     person.browser.get(link)
