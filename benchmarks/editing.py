@@ -41,7 +41,7 @@ GRID_ROWS = 5
 
 
 def operation_of(task: Task) -> str:
-    """What a trained task is called here."""
+    """Name of a trained task among the operations here."""
     names = {"superres": f"downscale:{task.config.get('factor')}", "colorize": "grey"}
     return names.get(task.kind, task.kind)
 

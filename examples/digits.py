@@ -1,4 +1,4 @@
-"""What the examples on handwritten digits share: images, training, sampling, and the quality of samples."""
+"""Shared by the examples on handwritten digits: images, training, sampling, and the quality of samples."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What the examples share: the option --output, tables in Markdown, pictures that need no display."""
+"""Shared by all examples: the option --output, tables in Markdown, pictures that need no display."""
 
 import argparse
 import sys

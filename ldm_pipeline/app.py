@@ -47,7 +47,7 @@ MODEL = QUIET | {"concurrency_id": "model", "concurrency_limit": 1}  # one at a 
 
 @contextmanager
 def explained():
-    """What the reader of the page can mend, as a message in it."""
+    """Errors that the reader of the page can mend, as a message in it."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -138,7 +138,8 @@ class Page:
 
     # ---- what happens
     def _drawn(self, session: str, *request):
-        """What `commands.stream` gives. On ZeroGPU another process runs this, on copies of its arguments."""
+        """Progress and pictures of `commands.stream`. On ZeroGPU another process runs this, on copies of its
+        arguments."""
         stop = self.running.setdefault(session, threading.Event())
         with self.lock:
             yield from commands.stream(self.pipe, stop, *request)

@@ -274,7 +274,7 @@ def duration(seconds) -> str:
 
 
 def meaning(name: str) -> str:
-    """What a metric tells, and which values are good."""
+    """Meaning of a metric, and which values are good."""
     return "standard deviation" if name.endswith(" deviation") else MEANINGS.get(metric(name), "")
 
 

@@ -110,7 +110,7 @@ class Tabs:
         return f"## {name}\nLatent diffusion{kind}, {width} x {height} pixels"
 
     def degradations(self) -> list[str]:
-        """Those of `editing.operator` that leave something of this model's pictures."""
+        """Names for `editing.operator` that leave something of this model's pictures."""
         channels, *sides = self.pipe.image_shape
         smaller = [f"downscale:{factor}" for factor in (2, 4, 8) if min(sides) >= 4 * factor]
         return [*smaller, *["grey"] * (channels == 3), "blur:1", "blur:2"]

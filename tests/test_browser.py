@@ -122,7 +122,7 @@ class Person:
         until(lambda: self.find("button[id$=-start]"))
 
     def find(self, css: str) -> list:
-        """What is seen of these elements."""
+        """Visible ones of these elements."""
         return [each for each in self.browser.find_elements("css selector", css) if each.is_displayed()]
 
     def titles(self) -> list[str]:

@@ -7,6 +7,7 @@ from training.config import OptimizationConfig
 from training.data.order import batch_flips, batch_indices
 from training.data.tasks import TaskImages, cached, shown, task_of
 from training.evaluation.plots import save_grid
+from training.recipes import expects_copies, seen
 from training.runtime.run import Run
 from training.runtime.timing import time_step, trial
 
@@ -26,8 +27,8 @@ def describe_plan(run: Run) -> str:
     images = len(run.data.train) * (2 if config.data.horizontal_flip else 1)
     images *= 1.5 if cached(task_of(config.denoiser)) else 1  # conditions have no deviations
     lines.append(f"latent cache: {images * shape[0] * shape[1] * shape[2] * 4 / GIB:.2f} GiB on disk at most")
-    epochs = config.denoiser.max_steps * config.denoiser.batch_size / len(run.data.train)
-    if epochs > 400 and len(run.data.train) < 5000:
+    if expects_copies(config.denoiser, len(run.data.train)):
+        epochs = seen(config.denoiser) / len(run.data.train)
         lines.append(
             f"warning: {len(run.data.train)} images, {epochs:.0f} epochs: "
             "expect copies of the training images"

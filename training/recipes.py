@@ -126,6 +126,11 @@ def seen(stage: OptimizationConfig) -> int:
     return stage.max_steps * stage.batch_size
 
 
+def expects_copies(stage: OptimizationConfig, images: int) -> bool:
+    """Whether so few images are seen so often that samples will be copies of them."""
+    return images < COPIES[0] and seen(stage) / images > COPIES[1]
+
+
 def put(config: Config, options: dict) -> None:
     """Set options by their dotted names, but for those that the user gave."""
     for name, value in options.items():

@@ -7,7 +7,7 @@ from functools import partial
 from training.config import Config, RunError, check_config
 from training.options import options
 from training.plan import Plan, choose
-from training.recipes import COPIES, put, seen
+from training.recipes import expects_copies, put, seen
 from training.runtime.accelerator import join_processes
 from training.runtime.folder import continued
 from training.speeds import Bench, agreed
@@ -90,7 +90,7 @@ def _told(bench: Bench, plan: Plan) -> list[str]:
         "  minutes: " + ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in parts.items()),
         *(f"  {reason}" for reason in plan.reasons),
     ]
-    if facts.images < COPIES[0] and epochs > COPIES[1]:
+    if expects_copies(second, facts.images):
         lines.append(
             f"  warning: {facts.images:,} images, each seen {epochs:.0f} times: expect copies of them; more "
             "images or fewer --minutes avoid that"

@@ -196,9 +196,8 @@ class Bench:
             best = min(results, key=results.get)
             settings = [each for each in settings if results[each] < CLOSE * results[best]]
             spent = agreed(time.perf_counter() - begun)
-            if (
-                len(settings) == 1 or 4 * spent > TRYING * config.minutes * 60
-            ):  # the next takes thrice as long
+            # The next takes thrice as long.
+            if len(settings) == 1 or 4 * spent > TRYING * config.minutes * 60:
                 break
         number, config.mixed_precision = best
         if number:

@@ -134,6 +134,11 @@ def encode_captions(captions: list[str], tokenizer, text_encoder, batch_size: in
     return {"lengths": torch.tensor([len(each) for each in every]), "tokens": torch.cat(every)}
 
 
+def padded_length(longest: int) -> int:
+    """Tokens to which a batch is padded: a multiple of 8, so that few shapes occur."""
+    return -(-longest // 8) * 8
+
+
 class CaptionDataset:
     """The cached captions of the images of one split.
 
@@ -173,8 +178,9 @@ class CaptionDataset:
         return self.numbers[self.first[indices] + chosen]
 
     def longest(self, numbers: Tensor) -> int:
-        """Tokens to which a batch of these captions is padded: a multiple of 8, so that few shapes occur."""
-        return -(-int(self.lengths[torch.cat([numbers, torch.zeros(1, dtype=torch.int64)])].max()) // 8) * 8
+        """Tokens to which a batch of these captions is padded."""
+        numbers = torch.cat([numbers, torch.zeros(1, dtype=torch.int64)])
+        return padded_length(int(self.lengths[numbers].max()))
 
     def batch(self, numbers: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Tokens (N, length) or (N, length, D) and their mask (N, length) bool of captions by number (N,)."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from ldm_pipeline.pipeline import tokenize
 from training.config import Config, OptimizationConfig
+from training.data.captions import padded_length
 from training.data.images import ImageData
 from training.losses.autoencoder import AutoencoderLoss
 from training.losses.denoising import DenoisingLoss
@@ -43,14 +44,14 @@ def trial(
         return AutoencoderLoss(new_autoencoder(config), config.autoencoder).to(device), (images, noise)
     stage = config.denoiser
     words = text[1] if stage.trains_text_encoder else None
-    network = new_denoiser(config, data, shape, text_width_of(stage, text))
-    module = DenoisingLoss(network, stage, words).to(device)
+    width = text_width_of(stage, text)
+    module = DenoisingLoss(new_denoiser(config, data, shape, width), stage, words).to(device)
     condition = blank_condition(module.unet, count, device)
     if text is not None:
         rows = data.train.rows[:: max(1, len(data.train) // count)]
         captions = [data.train.all_captions[row][0] for row in rows.tolist()]
-        length = -(-tokenize(*text, captions)[1].shape[1] // 8) * 8  # as `CaptionDataset` pads a batch
-        hidden = condition.encoder_hidden_states.new_zeros(count, length, text_width_of(stage, text))
+        length = padded_length(tokenize(*text, captions)[1].shape[1])
+        hidden = condition.encoder_hidden_states.new_zeros(count, length, width)
         hidden = hidden if words is None else hidden[..., 0].long()  # token numbers
         mask = torch.ones(count, length, dtype=torch.bool, device=device)
         condition = replace(condition, encoder_hidden_states=hidden, encoder_attention_mask=mask)
