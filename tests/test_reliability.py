@@ -349,6 +349,12 @@ def test_torn_foreign_and_outside_latents(tiny_run, tmp_path):
     save_file({"mean": torch.zeros(707, 1, 4, 4, 4)}, shard)  # foreign
     encoded = launch("encode_latents.py", "--output_dir", run)
     assert "is encoded again: it holds" in encoded.stdout and shard.read_bytes() == whole
+    key = run / "latents" / "key.json"
+    stored = json.loads(key.read_text())
+    key.write_text(json.dumps(stored | {"data and transform": "of other files"}))
+    refused = launch("encode_latents.py", "--output_dir", run, check=False)
+    assert "these changed since: data and transform" in refused.stderr and shard.read_bytes() == whole
+    key.write_text(json.dumps(stored))
     (run / "denoiser" / "done.json").unlink()
     text = manifest.read_text()
     for damage, message in (

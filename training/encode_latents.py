@@ -163,14 +163,24 @@ def plan_shards(run: Run, autoencoder: nn.Module) -> list[Shard]:
 
 
 def prepare_cache(run: Run, cache: Cache) -> None:
-    """Make the folder one of the cache's key: drop shards of another and damaged shards, saying why."""
+    """Make the folder one of the cache's key: drop shards of another and damaged shards, saying why.
+
+    Raises:
+        RunError: a denoiser was trained on the latents that would be dropped.
+    """
     folder, key = cache.folder, cache.key
+    stored = (_stored_key(folder) or {}) if folder.exists() else key
+    changed = ", ".join(name for name in key if stored.get(name) != key[name])
+    if changed and (denoiser := run.folder / "denoiser").exists():
+        raise RunError(
+            f"{denoiser} was trained on the latents in {folder}, and these changed since: {changed}. Files are "
+            "known by name, size and time (cp -a and rsync -a keep it). --redo '[latents]' encodes and trains "
+            "again"
+        )
     run.accelerator.wait_for_everyone()  # every process has looked before one changes anything
     if run.accelerator.is_main_process:
-        stored = _stored_key(folder)
-        if stored != key and folder.exists():
-            changed = [name for name in key if (stored or {}).get(name) != key[name]]
-            run.print(f"{folder.name}: encoded again, because these changed: {', '.join(changed)}")
+        if changed:
+            run.print(f"{folder.name}: encoded again, because these changed: {changed}")
             discard(folder)
         folder.mkdir(exist_ok=True)
         write_json(folder / "key.json", key)
