@@ -173,9 +173,9 @@ def prepare_cache(run: Run, cache: Cache) -> None:
     changed = ", ".join(name for name in key if stored.get(name) != key[name])
     if changed and (denoiser := run.folder / "denoiser").exists():
         raise RunError(
-            f"{denoiser} was trained on the latents in {folder}, and these changed since: {changed}. Files are "
-            "known by name, size and time (cp -a and rsync -a keep it). --redo '[latents]' encodes and trains "
-            "again"
+            f"{denoiser} was trained on the latents in {folder}, and these changed since: {changed}. Files "
+            "are known by name, size and time (cp -a and rsync -a keep it). --redo '[latents]' encodes and "
+            "trains again"
         )
     run.accelerator.wait_for_everyone()  # every process has looked before one changes anything
     if run.accelerator.is_main_process:
