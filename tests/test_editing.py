@@ -194,6 +194,13 @@ def test_other_sizes_than_that_of_the_training():
     )
 
 
+def test_a_pixel_and_a_photograph_are_pictures_too():
+    pipe = tiny_pipe()
+    for size in ((1, 1), (1, 500), (4000, 3000)):
+        options = {"image": Image.new("RGB", size, "white"), "mask_image": Image.new("L", size)}
+        assert sample(pipe, **options).min() > 0.9  # all is known
+
+
 # ---- functions of `editing`
 PICTURES = [photo(20, 24), photo(16, 16), photo(30, 18)]
 
