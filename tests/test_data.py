@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import datasets
@@ -376,6 +376,17 @@ def test_the_fingerprint_names_content_and_transform(tmp_path):
     assert load_images(DataConfig(dataset=str(moved), resolution=8)).fingerprint == first
     picture(77).save(moved / "a" / "test_0.png")
     assert load_images(DataConfig(dataset=str(moved), resolution=8)).fingerprint != first
+
+
+def test_some_of_the_images_are_always_the_same_and_no_others(tmp_path):
+    config = DataConfig(dataset="digits", resolution=8, channels=1)
+    whole = load_images(config)
+    some = load_images(replace(config, max_images=50))
+    assert (len(some.train), len(some.held_out)) == (50, 5) and some.fingerprint != whole.fingerprint
+    assert torch.equal(some.train.rows, load_images(replace(config, max_images=50)).train.rows)
+    assert set(some.train.rows.tolist()) < set(whole.train.rows.tolist())
+    assert set(some.held_out.rows.tolist()) < set(whole.held_out.rows.tolist())
+    assert len(load_images(replace(config, max_images=10**6)).held_out) == len(whole.held_out)
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (10, 10), (3, 8)])

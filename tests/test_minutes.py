@@ -69,6 +69,18 @@ def test_what_is_chosen_suits_the_images():
     assert fast.denoiser.widths == UNETS[-1].widths and fast.autoencoder.widths == AUTOENCODERS[32][1].widths
 
 
+def test_of_many_images_as_many_are_read_as_can_be_seen():
+    many = Facts(1_000_000, 50_000, 300, decoding=3e-3, scanning=1500)
+    for minutes, speed in ((10, 1), (60, 1), (20, 30), (60, 300)):
+        plan = plan_of(minutes, many, speed)
+        number, images_seen = plan.config.data.max_images, seen(plan.config.denoiser)
+        assert number < images_seen * 1.3
+        assert plan.parts["latents"] < plan.parts["denoiser"]
+    assert plan_of(5).config.data.max_images < 50_000 and plan_of(60).config.data.max_images is None
+    given = plan_of(60, many.of(20_000), 1, "--data.max_images=20000")
+    assert given.config.data.max_images == 20_000 < seen(given.config.denoiser)
+
+
 def test_a_device_that_waits_for_python_gets_larger_batches():
     busy = machine(1000)
 

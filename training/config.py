@@ -95,6 +95,9 @@ class DataConfig:
     """Split for held-out metrics. Default: found by name (test, validation)."""
     held_out: BelowOne = 0.05
     """Share of the training split held out (at most 2,000 images) if there is no other split."""
+    max_images: PositiveInt | None = None
+    """Images to train on, at most, drawn at random, and a tenth as many held-out ones. Default: all; with
+    --minutes as many as the denoiser has time to see."""
     image_column: Text | None = option(None, ignored_if=("dataset", "digits"))
     """Column of the images (type Image, or encoded bytes). Default: found by type."""
     label_column: Text | None = option(None, basic=True, ignored_if=("dataset", "digits"))

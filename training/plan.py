@@ -41,6 +41,8 @@ WORTH_DOUBLING = 0.65  # of the time per image, at most, at which a batch is dou
 CHECKS = 5  # validations and grids of a stage, at most
 BETWEEN_CHECKPOINTS = 300  # seconds
 DISK = 3e8  # bytes of a checkpoint a second
+PREPARING_SHARE = 0.25  # of the time for scan, latents and denoiser: more is for images that are left out
+FEW = 2000  # images, by which is estimated how many are left out
 FAR = 20  # times too few images for a network to be worth a word
 GRID_ROWS, FINAL_ROWS = 4, 8
 NUMBERS_OF_SAMPLES = (50_000, 10_000, 5000, 2000, 1000, 500, 200)
@@ -64,21 +66,38 @@ class Plan:
 def choose(config: Config, facts: Facts, seconds: float, measure: Measure) -> Plan:
     """The best that `seconds` from now buy, with every option in `config.given` as it is.
 
-    Mirror images are encoded only where the images themselves are seen more than once.
+    Of many images some are left out: those that the denoiser would not come to see, or that take more than a
+    part of the time to be read and encoded. Mirror images are encoded only where both would be seen.
 
     Raises:
         RunError: they buy nothing useful; it names the least.
     """
-    plan = _choose(config, facts, seconds, measure, mirrored=False)
-    if facts.drawn or config.data.dataset == "digits" or seen(plan.config.denoiser) <= facts.images:
+    limit = None
+    if "data.max_images" not in config.given:
+        some = facts.of(FEW)
+        plan = _choose(config, some, seconds, measure, mirrored=False)
+        preparing, training = plan.parts["start"] - FIXED + plan.parts["latents"], plan.parts["denoiser"]
+        each, step, both = (
+            preparing / some.images,
+            training / seen(plan.config.denoiser),
+            preparing + training,
+        )
+        number = int(min(both / (each + step), PREPARING_SHARE * both / each))
+        if number < facts.images:
+            limit, facts = number, facts.of(number)
+    plan = _choose(config, facts, seconds, measure, False, limit)
+    if facts.drawn or config.data.dataset == "digits" or seen(plan.config.denoiser) < 2 * facts.images:
         return plan
-    return _choose(config, facts, seconds, measure, mirrored=True)
+    return _choose(config, facts, seconds, measure, True, limit)
 
 
-def _choose(config: Config, facts: Facts, seconds: float, measure: Measure, mirrored: bool) -> Plan:
-    """`choose` with or without mirror images."""
+def _choose(
+    config: Config, facts: Facts, seconds: float, measure: Measure, mirrored: bool, limit: int | None = None
+) -> Plan:
+    """`choose` with or without mirror images, for `limit` images or all."""
     draft, reasons, everything = smallest(config, facts.typical_batch), [], facts.images + facts.held_out
-    put(draft, {"data.channels": 1 if facts.grey else 3, "data.horizontal_flip": mirrored})
+    data = {"channels": 1 if facts.grey else 3, "horizontal_flip": mirrored, "max_images": limit}
+    put(draft, {f"data.{name}": value for name, value in data.items()})
     start = FIXED + facts.scanning
     left = seconds * (1 - RESERVE) - start - facts.captions
     draft, encoder, first = _choose_autoencoder(draft, facts, left, measure, reasons)

@@ -6,7 +6,7 @@ docs/recipes.md has the measurements behind every figure, and says which are not
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from training.config import Config, OptimizationConfig
@@ -94,6 +94,13 @@ class Facts:
     judging: float | None = None
     processes: int = 1
     typical_batch: int = 32
+
+    def of(self, images: int) -> "Facts":
+        """The same of at most so many images, with a tenth as many held-out ones, as `--data.max_images`."""
+        share = min(1.0, images / self.images)
+        held_out = self.held_out if share == 1 else min(self.held_out, max(1, images // 10))
+        times = {"scanning": share * self.scanning, "captions": share * self.captions}
+        return replace(self, images=min(images, self.images), held_out=held_out, **times)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ def _told(bench: Bench, plan: Plan) -> list[str]:
     """The lines that a person reads before a run: the choice, its reasons, and the minutes of its parts."""
     config, facts, minutes = plan.config, bench.facts, plan.config.minutes
     first, second = config.autoencoder, config.denoiser
-    epochs = seen(second) / facts.images
+    images = min(facts.images, config.data.max_images or facts.images)
+    epochs = seen(second) / images
     parts = {"sizing": 60 * minutes - sum(plan.parts.values())} | plan.parts
     arithmetic = f"{config.mixed_precision}{', compiled' * second.compile}"
     threads = f", {config.num_threads} of {bench.cores} threads" if config.num_threads else ""
@@ -83,16 +84,17 @@ def _told(bench: Bench, plan: Plan) -> list[str]:
     lines = [
         f"Sized for --minutes {minutes:g}{'' if 'minutes' in config.given else ' (the default)'}: "
         f"{facts.images:,} {'grey ' * facts.grey}{kind} of {facts.side} pixels",
-        f"  {plan.describe()}, which are {epochs:.3g} epochs",
+        f"  {plan.describe()}, which are {epochs:.3g} epochs"
+        + f" of {images:,} images: there is no time for more" * (images < facts.images),
         f"  precision {arithmetic}{threads}; batches of {first.batch_size} and {second.batch_size}"
         + "; mirrored too" * config.data.horizontal_flip
         + f"; dropout {second.dropout:g}" * (second.dropout > 0),
         "  minutes: " + ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in parts.items()),
         *(f"  {reason}" for reason in plan.reasons),
     ]
-    if expects_copies(second, facts.images):
+    if expects_copies(second, images):
         lines.append(
-            f"  warning: {facts.images:,} images, each seen {epochs:.0f} times: expect copies of them; more "
+            f"  warning: {images:,} images, each seen {epochs:.0f} times: expect copies of them; more "
             "images or fewer --minutes avoid that"
         )
     if not config.evaluation.num_samples:

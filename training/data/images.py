@@ -201,12 +201,21 @@ def load_images(config: DataConfig, captioned: bool = False, paired_column: str 
         train, held_out = train.subset(train_rows), train.subset(held_out_rows)
     else:
         held_out = _build_split(splits[held_out_name], held_out_name, *chosen)
+    if config.max_images is not None:
+        train = _some(train, config.max_images)
+        held_out = _some(held_out, max(1, config.max_images // 10))
     key = [identity, train_name, held_out_name, len(train), len(held_out), images, labels, names]
     key += [config.resolution, config.channels, TRANSFORM_VERSION]
     if config.scan == "sample":  # other images may then be left out: latents of a full scan are not theirs
         key += [config.scan]
     fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     return ImageData(train, held_out, None if names is None else dict(enumerate(names)), fingerprint)
+
+
+def _some(split: ImageDataset, number: int) -> ImageDataset:
+    """At most `number` images of a split, always the same, in their order."""
+    order = torch.randperm(len(split), generator=seeded_generator("cpu", "some images", split.name))
+    return split.subset(order[:number].sort().values)
 
 
 def _build_split(
