@@ -129,8 +129,12 @@ class OptimizationConfig:
     """Parts of a process's share of the batch, computed one after another to save memory."""
     max_steps: PositiveInt = tunable(10_000, basic=True)
     """Optimizer steps in all."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon (Keller Jordan, 2024): orthogonal steps for the matrices and convolutions inside of the
+    networks, AdamW's for everything else, both at the learning rate of AdamW (arXiv:2502.16982). A step of
+    Muon takes longer and has one moment instead of two. Not with FSDP."""
     learning_rate: Positive = tunable(1e-3)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate, for both optimizers."""
     warmup_steps: NonNegativeInt = tunable(200)
     """Steps in which the learning rate rises linearly from zero."""
     decay_fraction: Share = tunable(0.4)

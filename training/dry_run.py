@@ -39,10 +39,10 @@ def describe_plan(run: Run) -> str:
 def _measure(run: Run, name: str, config: OptimizationConfig, shape: tuple[int, int, int]) -> str:
     part = config.batch_size // run.accelerator.num_processes // config.gradient_accumulation_steps
     module, arguments = trial(run.config, name, part, shape, run.data, run.text, run.device)
-    seconds, activations = time_step(module, config, arguments, run.accelerator.autocast)
+    seconds, kept = time_step(module, config, arguments, run.accelerator.autocast)
     parameters = sum(p.numel() for p in module.parameters())
-    # Weights, gradients, two moments and the average, 4 bytes each.
-    memory = (20 * parameters + activations) / GIB
+    # Weights, gradients and the average, 4 bytes each; activations and moments.
+    memory = (12 * parameters + kept) / GIB
     total = seconds * config.gradient_accumulation_steps * config.max_steps
     return (
         f"{name}: {parameters / 1e6:.2f} M parameters, {memory:.2f} GiB a process, "

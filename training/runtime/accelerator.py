@@ -57,8 +57,11 @@ def build_accelerator(config: Config, earlier_threads: int | None = None) -> Acc
         log_with=[name for name in config.trackers if name not in missing] or None,
         project_config=ProjectConfiguration(config.output_dir, logging_dir=f"{config.output_dir}/logs"),
     )
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
-        raise RunError("Accelerate shards (FSDP) on several accelerators only: leave out --use_fsdp here")
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        if config.denoiser.optimizer == "muon":
+            raise RunError("--denoiser.optimizer muon needs whole matrices, and FSDP shards them: use adamw")
+        if accelerator.distributed_type != DistributedType.FSDP:
+            raise RunError("Accelerate shards (FSDP) on several accelerators only: leave out --use_fsdp here")
     set_seed(config.seed)
     accelerator.print(
         f"{state.num_processes} x {state.device.type}{threads}, mixed_precision {accelerator.mixed_precision}"

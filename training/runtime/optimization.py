@@ -8,17 +8,20 @@ from torch import Tensor, nn
 
 from training.config import OptimizationConfig
 from training.runtime.distributed import whole
+from training.runtime.muon import Muon
 
 
 def build_optimizer(config: OptimizationConfig, module: nn.Module) -> torch.optim.AdamW:
-    """Fused AdamW over all parameters; the loop sets the learning rate of every step."""
-    return torch.optim.AdamW(
-        module.parameters(),
-        lr=config.learning_rate,
-        betas=tuple(config.adam_betas),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    """Fused AdamW over all parameters, or Muon with it; the loop sets the learning rate of every step."""
+    options = {
+        "lr": config.learning_rate,
+        "betas": tuple(config.adam_betas),
+        "weight_decay": config.weight_decay,
+        "fused": True,
+    }
+    if config.optimizer == "muon":
+        return Muon(module, **options)
+    return torch.optim.AdamW(module.parameters(), **options)
 
 
 def gradient_sync(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractContextManager:
@@ -52,7 +55,7 @@ def optimizer_step(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = whole(accelerator.clip_grad_norm_(parameters, max_norm))
     skipped = ~norm.isfinite()
-    optimizer.found_inf = skipped.float()  # fused AdamW changes nothing where it is 1
+    optimizer.found_inf = skipped.float()  # fused AdamW and Muon change nothing where it is 1
     optimizer.step()
     optimizer.zero_grad()
     return norm, skipped

@@ -65,7 +65,7 @@ def time_step(
     arguments: tuple,
     autocast: Callable[[], AbstractContextManager],
 ) -> tuple[float, int]:
-    """Seconds of a training step, the median of some, and the bytes that its backward pass needs kept."""
+    """Seconds of a training step, the median of some, and the bytes of its activations and moments."""
     optimizer = build_optimizer(config, module)
     ema = EMA(module, config.ema_fraction, config.ema_half_life)
     kept: dict[int, int] = {}
@@ -91,4 +91,5 @@ def time_step(
         step()
     seconds = [step() for _ in range(3)]
     seconds += [step() for _ in range(4) if sum(seconds) < 1]  # short steps are measured less exactly
-    return median(seconds), sum(kept.values())
+    moments = (moment for state in optimizer.state.values() for moment in state.values())
+    return median(seconds), sum(kept.values()) + sum(moment.nbytes for moment in moments)
