@@ -40,11 +40,11 @@ def test_singular_values_become_those_of_the_polynomial_near_one(shape):
 
 def tiny_denoiser() -> DenoisingLoss:
     config = parse_config(["--config", str(TINY)])
-    return DenoisingLoss(new_denoiser(config, None, (4, 8, 8)), config.denoiser)
+    return DenoisingLoss(new_denoiser(config, None, (32, 8, 8)), config.denoiser)
 
 
 def test_matrices_inside_of_networks_are_its_and_all_others_adamws():
-    autoencoder = build_autoencoder("AutoencoderKL", [16, 32], [1, 1], 4)
+    autoencoder = build_autoencoder("AutoencoderKL", [16, 32], [1, 1], 32)
     for module, others in (
         (tiny_denoiser(), "unet.conv_in unet.conv_out unet.time_embedding time_emb_proj uncertainty"),
         (autoencoder, "coder.conv_in coder.conv_out quant_conv"),
@@ -116,7 +116,7 @@ def test_planned_memory_has_one_moment_per_matrix():
     kept = {}
     for name in ("adamw", "muon"):
         module = tiny_denoiser()
-        noise = torch.randn(2, 4, 8, 8)
+        noise = torch.randn(2, 32, 8, 8)
         arguments = noise, noise, torch.rand(2), blank_condition(module.unet, 2)
         kept[name] = time_step(module, DenoiserConfig(optimizer=name), arguments, nullcontext)[1]
     matrices = inner_matrices(module)

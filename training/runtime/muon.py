@@ -5,8 +5,9 @@ import re
 import torch
 from torch import Tensor, nn
 
+# Keller Jordan's numbers (https://kellerjordan.github.io/posts/muon, 2024).
 MOMENTUM = 0.95
-ITERATIONS = 3, 2
+ITERATIONS = 3, 2  # with each product of the matrix with itself
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 # Root mean square of an update, in learning rates. That of AdamW is 0.2 to 0.4 in language models
 # (arXiv:2502.16982), so one learning rate suits both; 0.6 gave lower losses here than 0.2 (docs/recipes.md).
@@ -15,9 +16,9 @@ NARROW = 16  # channels; a layer with fewer reads or writes images, latents or s
 
 
 def inner_matrices(module: nn.Module) -> list[nn.Parameter]:
-    """Weights of linear layers and convolutions, without those at the ends of networks and of embeddings.
+    """Weights of linear layers and convolutions, without those of embeddings and at the ends of networks.
 
-    Layers are told by Diffusers' names for them, and by their numbers of channels.
+    These are told by Diffusers' names for them, and by their numbers of channels.
     """
     return [
         layer.weight
@@ -25,16 +26,16 @@ def inner_matrices(module: nn.Module) -> list[nn.Parameter]:
         if isinstance(layer, nn.Linear | nn.Conv2d)
         and min(layer.weight.shape[:2]) >= NARROW
         and getattr(layer, "groups", 1) == 1
-        and not re.search("conv_in|conv_out|emb", name)
+        and not re.search("conv_in|conv_out|quant_conv|emb", name)
     ]
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
     """U V^T of a matrix U S V^T `(m, n)`, roughly: singular values become 0.7 to 1.2, very small ones less.
 
-    Newton-Schulz iterations with the coefficients of Keller Jordan ("Muon", 2024), in float32. They only need
-    the smaller product of the matrix with itself, which is small for convolutions. It is computed again on the
-    way: by then the small singular values have grown, and no longer drown in rounding errors.
+    Newton-Schulz iterations with the coefficients of Keller Jordan, in float32: polynomials of the product
+    of the matrix with itself, of size min(m, n), as convolutions are far from square. The product is
+    computed again on the way, when the small singular values have grown: they would drown in rounding errors.
     """
     a, b, c = COEFFICIENTS
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
