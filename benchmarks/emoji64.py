@@ -127,7 +127,8 @@ def draw(pipe, captions: list[str], name: str, options: argparse.Namespace) -> T
         # One generator per picture: then a picture does not depend on its batch.
         generators = [seeded_generator("cpu", options.seed, name, index) for index in part]
         prompts = captions[first : first + size]
-        images = pipe(prompts, generator=generators, output_type="pt", **chosen).images
+        with torch.autocast(pipe.device.type, torch.bfloat16, options.bf16):
+            images = pipe(prompts, generator=generators, output_type="pt", **chosen).images
         batches.append((images.float().cpu() * 255).round().to(torch.uint8))
     return torch.cat(batches)
 
@@ -256,6 +257,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("features", help="network as of --evaluation.features, such as a TorchScript file")
     parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's own")
     parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's own")
+    parser.add_argument("--bf16", action="store_true", help="sample in bf16, faster where a CPU has it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=50, help="samples at once; changes no sample")
     parser.add_argument(
