@@ -30,11 +30,12 @@ from training.networks import (
     pretrained_text_encoder,
     text_width_of,
 )
-from training.recipes import UNETS, Facts, Speed, denoiser_options, put, smallest
+from training.recipes import UNETS, Facts, Speed, UNet, denoiser_options, put, smallest
 from training.runtime.accelerator import choose_precision, usable_cores, wanted_threads
 from training.runtime.timing import time_step, trial
 
 Result = TypeVar("Result")
+Setting = TypeVar("Setting")
 LOOKED_AT = 200  # images
 DRAWN = 0.3  # share of neighbouring pixels that are equal; photographs have few
 TRYING = 0.01  # of the time, for the choice of threads and precision
@@ -179,41 +180,55 @@ class Bench:
         return torch.autocast(self.device.type, torch.bfloat16, self.config.mixed_precision == "bf16")
 
     def _choose_arithmetic(self) -> None:
-        """Set threads and precision: the fastest, by steps of larger and larger denoisers."""
+        """Set precision and threads: the fastest, by steps of larger and larger denoisers.
+
+        The precision goes by the time of the processor, which other programs on it do not change.
+        """
         config = self.config
-        precisions = [choose_precision(config.mixed_precision, self.device.type)]
-        threads = [None]
-        if self.device.type == "cpu":
-            torch.set_flush_denormal(True)  # as in the run
-            wanted, cores = wanted_threads(config.num_threads), self.cores
-            threads = [wanted] if wanted else sorted({1, max(1, cores // 2), cores})
-            if "mixed_precision" not in config.given:
-                precisions = ["no", "bf16"]
-        settings = [(number, precision) for number in threads for precision in precisions]
+        config.mixed_precision = choose_precision(config.mixed_precision, self.device.type)
+        if self.device.type != "cpu":
+            return
+        torch.set_flush_denormal(True)  # as in the run
+        wanted, cores = wanted_threads(config.num_threads), self.cores
+        torch.set_num_threads(wanted or 1)
+        if "mixed_precision" not in config.given:
+
+            def by_precision(recipe: UNet, precision: str) -> float:
+                return self._try(recipe, precision, time.process_time)
+
+            config.mixed_precision = self._fastest(["no", "bf16"], by_precision)
+
+        def by_threads(recipe: UNet, number: int) -> float:
+            torch.set_num_threads(number)
+            return self._try(recipe, config.mixed_precision, time.perf_counter)
+
+        numbers = [wanted] if wanted else sorted({1, max(1, cores // 2), cores})
+        config.num_threads = self._fastest(numbers, by_threads)
+        torch.set_num_threads(config.num_threads)
+
+    def _fastest(self, settings: list, seconds: Callable[[UNet, Setting], float]) -> Setting:
+        """The setting of the fewest seconds, by larger denoisers until it is clear or takes too long."""
         begun = time.perf_counter()
         for recipe in UNETS:
-            results = {setting: self._try(recipe, *setting) for setting in settings}
-            best = min(results, key=results.get)
-            settings = [each for each in settings if results[each] < CLOSE * results[best]]
+            if len(settings) == 1:
+                break
+            results = {setting: seconds(recipe, setting) for setting in settings}
+            best = min(results.values())
+            settings = sorted((each for each in settings if results[each] < CLOSE * best), key=results.get)
             spent = agreed(time.perf_counter() - begun)
             # The next takes thrice as long.
-            if len(settings) == 1 or 4 * spent > TRYING * config.minutes * 60:
+            if 4 * spent > TRYING / 2 * self.config.minutes * 60:
                 break
-        number, config.mixed_precision = best
-        if number:
-            config.num_threads = number
-            torch.set_num_threads(number)
+        return settings[0]
 
-    def _try(self, recipe, threads: int | None, precision: str) -> float:
+    def _try(self, recipe: UNet, precision: str, clock: Callable[[], float]) -> float:
         """Seconds of a step of a small denoiser."""
-        if threads:
-            torch.set_num_threads(threads)
         draft, count = smallest(self.config, 16 * self.state.num_processes), 16
         put(draft, denoiser_options(draft, recipe, 16, 16 * self.state.num_processes))
         shape = self._check(draft)
         module, arguments = trial(draft, "denoiser", count, shape, self.data, self.text, self.device)
         autocast = partial(torch.autocast, self.device.type, torch.bfloat16, precision == "bf16")
-        return agreed(time_step(module, draft.denoiser, arguments, autocast)[0])
+        return agreed(time_step(module, draft.denoiser, arguments, autocast, clock)[0])
 
     def measure(self, config: Config, name: str, exact: bool = True) -> Speed:
         """The speed of a network of `config`, which has the threads and the precision that were chosen.

@@ -64,6 +64,7 @@ def time_step(
     config: OptimizationConfig,
     arguments: tuple,
     autocast: Callable[[], AbstractContextManager],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, int]:
     """Seconds of a training step, the median of some, and the bytes of its activations and moments."""
     optimizer = build_optimizer(config, module)
@@ -75,7 +76,7 @@ def time_step(
         return tensor
 
     def step() -> float:
-        begun = time.perf_counter()
+        begun = clock()
         with autocast():
             loss = module(*arguments)[0]
             loss = loss["loss"] if isinstance(loss, dict) else loss
@@ -85,7 +86,7 @@ def time_step(
         optimizer.zero_grad()
         ema.update(config.batch_size, config.batch_size)
         loss.item()  # waits for the device
-        return time.perf_counter() - begun
+        return clock() - begun
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
