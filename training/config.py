@@ -131,8 +131,8 @@ class OptimizationConfig:
     """Optimizer steps in all."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW, or Muon (Keller Jordan, 2024): orthogonal steps for the matrices and convolutions inside of the
-    networks, AdamW's for everything else, both at the learning rate of AdamW (arXiv:2502.16982). A step of
-    Muon takes longer and has one moment instead of two. Not with FSDP."""
+    networks, AdamW's for everything else, both at AdamW's learning rate (arXiv:2502.16982). A step takes
+    longer, and a matrix has one moment instead of two. Not with FSDP."""
     learning_rate: Positive = tunable(1e-3)
     """Peak learning rate, for both optimizers."""
     warmup_steps: NonNegativeInt = tunable(200)
