@@ -29,14 +29,23 @@ from ldm_pipeline.fields import CANVAS, PAINT, component, look_of
 from ldm_pipeline.tabs import SETTINGS, Example, Operation, Tabs, value_of
 
 PICTURES = ("image", "other", "canvas")
+# The result comes into view, which on a phone is below the fields.
+SHOW = "(...x) => {{ document.getElementById('{}-link').scrollIntoView({{ block: 'nearest' }}); return x }}"
 ADDRESS = "q => { const u = new URL(location); u.search = q; history.replaceState(0, '', u); return u.href }"
 FONT = ["system-ui", "sans-serif"]  # of the machine that looks
 CSS = """
 .picture img { width: 100%; height: 100%; object-fit: contain }
-.gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)) !important }
+.gallery .grid-wrap { min-height: 0 !important; max-height: none !important; overflow: visible !important }
+.gallery .preview ~ .grid-wrap { height: 460px; overflow: hidden !important }
+.gallery .preview::before { opacity: 1 !important }
+.gallery .grid-container { grid-template-columns: repeat(auto-fit, minmax(max(130px, 34%), 1fr)) !important }
+.gallery .grid-container:has(> :nth-child(5)) {
+  grid-template-columns: repeat(auto-fill, minmax(max(90px, 20%), 1fr)) !important
+}
 .gallery .caption-label { padding: 2px 6px; font-size: 11px; max-width: 100% }
 .small img { image-rendering: pixelated }
-.status { min-height: 1.5em }
+[id$=-canvas] .toolbar-wrap { left: 2px !important }
+.status { min-height: 1.5em; overflow: hidden !important }
 """
 # Gradio's own folder outlives it, with all that was uploaded and drawn; this one ends with the process.
 FOLDER = tempfile.TemporaryDirectory(prefix="page-")
@@ -90,8 +99,9 @@ class Page:
             with gr.Column(min_width=300):
                 fields = self.fields[kind] = self._components(kind, operation.fields)
                 with gr.Row():
-                    start = gr.Button(operation.title, variant="primary", elem_id=f"{kind}-start")
-                    cancel = gr.Button("Cancel", elem_id=f"{kind}-cancel")
+                    beside = {"min_width": 120}
+                    start = gr.Button(operation.title, variant="primary", elem_id=f"{kind}-start", **beside)
+                    cancel = gr.Button("Cancel", elem_id=f"{kind}-cancel", **beside)
                 examples = self.tabs.examples(kind)
                 table = gr.Dataset(
                     samples=[[each.title] for each in examples], components=[gr.Textbox(visible=False)],
@@ -100,9 +110,10 @@ class Page:
             with gr.Column(min_width=300):
                 outputs = [*self._results(kind), fields["seed"]]
         (gallery, status, link, frame, *_), inputs, run = outputs, list(fields.values()), self.runner(kind)
-        started = start.click(run, inputs, outputs, **MODEL | {"api_visibility": "public", "api_name": kind})
+        shown = MODEL | {"js": SHOW.format(kind)}
+        started = start.click(run, inputs, outputs, **shown | {"api_visibility": "public", "api_name": kind})
         filled = table.click(self.filler(kind, examples), table, inputs, **MODEL)
-        again = filled.success(run, inputs, outputs, **MODEL)
+        again = filled.success(run, inputs, outputs, **shown)
         for each in (started, again):
             each.success(None, link, link, js=ADDRESS, **QUIET)
         cancel.click(self.cancel, None, status, cancels=[started, filled, again], queue=False, **QUIET)
@@ -116,12 +127,13 @@ class Page:
         moving = {"buttons": look["buttons"], "height": 240, "interactive": False}
         moving["elem_classes"] = look_of(self.pipe, "picture")
         look |= {"show_label": False, "elem_classes": look_of(self.pipe, "gallery")}
+        title, later = self.tabs.operations[kind].title, {"placeholder": "It comes with the pictures."}
         return [
             gr.Gallery(label="Pictures", elem_id=f"{kind}-pictures", **look),
-            gr.Markdown(elem_id=f"{kind}-status", elem_classes="status"),
-            gr.Textbox(label="Link to these settings", buttons=["copy"], elem_id=f"{kind}-link"),
+            gr.Markdown(f"Press {title}, or an example.", elem_id=f"{kind}-status", elem_classes="status"),
+            gr.Textbox(label="Link to these settings", buttons=["copy"], elem_id=f"{kind}-link", **later),
             gr.Slider(1, 2, 1, step=1, label="Step", visible=False, elem_id=f"{kind}-frame"),
-            gr.Image(label="As one that moves", visible=False, elem_id=f"{kind}-moving", **moving),
+            gr.Image(label="Animation", visible=False, elem_id=f"{kind}-moving", **moving),
         ]
 
     def _components(self, kind: str, names: tuple[str, ...]) -> dict:
@@ -265,7 +277,10 @@ def serve(page: gr.Blocks, host: str | None = None, port: int | None = None, wai
 
     wait: until Ctrl-C.
     """
-    look = {"theme": gr.themes.Base(font=FONT, font_mono=["ui-monospace", "monospace"]), "css": CSS}
+    theme = gr.themes.Base(font=FONT, font_mono=["ui-monospace", "monospace"])
+    grey = {"body_text_color_subdued": "*neutral_500", "input_placeholder_color": "*neutral_500"}
+    theme.set(**grey, input_placeholder_color_dark="*neutral_400", checkbox_border_color_dark="*neutral_500")
+    look = {"theme": theme, "css": CSS}
     private = {"share": False, "run_history": False, "footer_links": [], "ssr_mode": False}
     options = {"show_error": True, "max_file_size": "20mb", "quiet": True, "prevent_thread_lock": True}
     page.queue(max_size=32)

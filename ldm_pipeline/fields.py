@@ -26,14 +26,17 @@ def component(tabs: Tabs, kind: str, name: str):
         values = {each: parameter.default for each, parameter in own.items()}
     first, last = tabs.words[0], tabs.words[-1]
     steps, scale = values.get("num_inference_steps", 20), values.get("guidance_scale", 1)
+    again = "The same seed draws the same picture."
+    closely = f"How closely the {'prompt' if tabs.text else 'class'} is followed."
+    rule = "The rule by which each step takes noise away."
     schedulers, scheduler = sorted(schedulers_for(pipe.objective)), type(pipe.scheduler).__name__
 
     def condition(label, value, by_text=tabs.text):
         classes = [ANY, *tabs.classes]
         return gr.Textbox(value, label=label) if by_text else gr.Dropdown(classes, value=value, label=label)
 
-    def slider(label, low, high, value, step=1):
-        return gr.Slider(low, high, value, step=step, label=label)
+    def slider(label, low, high, value, step=1, info=None):
+        return gr.Slider(low, high, value, step=step, label=label, info=info)
 
     make = {
         "prompt": lambda: condition("Prompt", first),
@@ -45,14 +48,14 @@ def component(tabs: Tabs, kind: str, name: str):
         "other": lambda: picture(pipe, "Last picture"),
         "canvas": canvas,
         "strength": lambda: slider("Strength", 0.05, 1, 0.6, 0.05),
-        "degradation": lambda: gr.Dropdown(tabs.degradations(), label="The given one is"),
+        "degradation": lambda: gr.Dropdown(tabs.degradations(), label="The picture is"),
         "frames": lambda: slider("Frames", 2, MOST, values["frames"]),
         "batch_size": lambda: slider("Count", 1, MOST, 4),
-        "seed": lambda: gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31),
+        "seed": lambda: gr.Number(0, label="Seed", info=again, precision=0, minimum=0, maximum=2**31),
         "new_seed": lambda: gr.Checkbox(True, label="New seed each time"),
         "num_inference_steps": lambda: slider("Steps", 1, 200, steps),
-        "guidance_scale": lambda: slider("Guidance, off at 1", 0, 15, scale, 0.1),
-        "scheduler": lambda: gr.Dropdown(schedulers, value=scheduler, label="Scheduler"),
+        "guidance_scale": lambda: slider("Guidance, off at 1", 0, 15, scale, 0.1, closely),
+        "scheduler": lambda: gr.Dropdown(schedulers, value=scheduler, label="Scheduler", info=rule),
     }
     field = make[name]()
     field.elem_id = f"{kind}-{name}"

@@ -38,7 +38,7 @@ class Example:
 
 
 OPERATIONS = {
-    "draw": Operation("Draw", "sample", CONDITION + DRAW, "Pictures from noise."),
+    "draw": Operation("Draw", "sample", CONDITION + DRAW, "New pictures, from noise."),
     "edit": Operation(
         *("Edit", "sample", ("image", *CONDITION, "strength", *DRAW)),
         "The picture gets noise, and is drawn again from there: more strength, more change.",
@@ -49,19 +49,24 @@ OPERATIONS = {
     ),
     "restore": Operation(
         *("Restore", "restore", ("image", "degradation", *CONDITION[:2], *DRAW)),
-        "Pictures that would be the given one if they were made small, grey or blurred.",
+        "From a small, grey or blurred picture: what it may have been before.",
     ),
-    "task": Operation("Task", "sample", ("image", *CONDITION, *DRAW), "What this model was trained for."),
+    "task": Operation("Task", "sample", ("image", *CONDITION, *DRAW), ""),  # see TASKS
     "interpolate": Operation(
         *("Interpolate", "interpolate", ("first", "last", "image", "other", "frames", *DRAW[1:5])),
-        "A row from one to another: between two drawn pictures, or two of yours.",
+        "A row of pictures from one to another: two that are drawn, or two of yours.",
     ),
     "film": Operation(
         *("Film", "sample", (*CONDITION, *DRAW[1:])),
         "How a picture comes about: what the network expects it to become, after each step.",
     ),
 }
-TASKS = {"superres": "Enlarge", "colorize": "Color", "deblur": "Sharpen", "enhance": "Enhance"}
+TASKS = {  # title of the tab, and what it says about itself
+    "superres": ("Enlarge", "The picture is read with few pixels, and drawn with more."),
+    "colorize": ("Color", "The picture is read in grey, and drawn in color."),
+    "deblur": ("Sharpen", "A blurred picture is drawn sharp."),
+    "enhance": ("Enhance", "A blurred, small or noisy picture is drawn as it may have been before."),
+}
 
 
 class Tabs:
@@ -89,10 +94,12 @@ class Tabs:
         if self.task is None:
             return {kind: each for kind, each in OPERATIONS.items() if kind != "task"}
         kind, image = ("inpaint", "canvas") if self.task.takes_mask else ("task", "image")
-        title = TASKS.get(self.task.kind, self.task.config.get("column", "Inpaint"))
-        film = OPERATIONS["film"]
-        film = replace(film, fields=(image, *film.fields))
-        return {kind: replace(OPERATIONS[kind], title=title), "film": film}
+        own, film = OPERATIONS[kind], OPERATIONS["film"]
+        if kind == "task":
+            column = self.task.config.get("column")
+            title, about = TASKS.get(self.task.kind, (column, f"A picture from its {column}."))
+            own = replace(own, title=title, about=about)
+        return {kind: own, "film": replace(film, fields=(image, *film.fields))}
 
     def _suited(self, operation: Operation) -> Operation:
         """The operation without fields that say nothing to this model."""
@@ -109,11 +116,12 @@ class Tabs:
         kind = " by captions" if self.text else f" of {number} classes" if number else ""
         return f"## {name}\nLatent diffusion{kind}, {width} x {height} pixels"
 
-    def degradations(self) -> list[str]:
-        """Names for `editing.operator` that leave something of this model's pictures."""
+    def degradations(self) -> list[tuple[str, str]]:
+        """In words, and for `editing.operator`: those that leave something of this model's pictures."""
         channels, *sides = self.pipe.image_shape
-        smaller = [f"downscale:{factor}" for factor in (2, 4, 8) if min(sides) >= 4 * factor]
-        return [*smaller, *["grey"] * (channels == 3), "blur:1", "blur:2"]
+        smaller = [(f"{n} times smaller", f"downscale:{n}") for n in (2, 4, 8) if min(sides) >= 4 * n]
+        blurred = [("blurred", "blur:1"), ("very blurred", "blur:2")]
+        return [*smaller, *[("grey", "grey")] * (channels == 3), *blurred]
 
     # ---- what is asked for
     def asked(self, kind: str, given: dict) -> tuple[str, dict, int]:
@@ -152,10 +160,12 @@ class Tabs:
         """Pictures and mask of filled fields, as the command takes them."""
         canvas = given.get("canvas")
         if canvas and canvas["background"]:
-            masks = [layer.getchannel("A") for layer in canvas["layers"]]
+            picture = canvas["background"]  # with nothing around it, where the canvas has another shape
+            box = picture.convert("RGBA").getchannel("A").getbbox()
+            masks = [layer.crop(box).getchannel("A") for layer in canvas["layers"]]
             if not (masks and masks[0].getbbox()):
                 raise ValueError("Nothing is painted. Paint with the brush over what shall be new.")
-            return {"image": canvas["background"], "mask_image": masks[0]}
+            return {"image": picture.crop(box), "mask_image": masks[0]}
         found = [commands.read_picture(given[name]) for name in ("image", "other") if given.get(name)]
         if kind == "interpolate":
             return {"image": found or None}
@@ -190,8 +200,8 @@ class Tabs:
             ]
         if kind == "restore":
             return [
-                Example(f"{each} {first or ''}", own(first) | {"degradation": each}, first)
-                for each in (self.degradations()[0], self.degradations()[-1])
+                Example(f"{first}, {said}" if first else said, own(first) | {"degradation": each}, first)
+                for said, each in (self.degradations()[0], self.degradations()[-1])
             ]
         if kind == "interpolate":
             return [Example(to, {"first": first, "last": last} if first else {})]
@@ -205,7 +215,8 @@ class Tabs:
         if self.classes and given and not self.text:
             given = {"class_labels": self._number(example.source)}
         if self.task and not self.task.takes_mask:
-            return _face(width, height)
+            factor = self.task.config.get("factor", 1)
+            return _face(width // factor, height // factor)
         if self.task:
             grey = Image.new("RGB", (width, height), "grey")
             given |= {"image": grey, "mask_image": Image.new("L", (width, height), 255)}

@@ -27,6 +27,7 @@ from tests.test_tasks import task_pipe
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 MISSING = "no chromium and chromedriver here; make browser installs them"
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)]
+KINDS = ("draw", "edit", "inpaint", "restore", "interpolate", "film")
 FLAGS = ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "window-size=1400,1200")
 SERVE = """
 import sys
@@ -253,8 +254,34 @@ def every_example(person: Person, *kinds: str):
 
 def test_every_example_of_every_tab_draws_and_nothing_leaves(person, served):
     assert person.titles() == ["Draw", "Edit", "Inpaint", "Restore", "Interpolate", "Film"]
-    every_example(person, "draw", "edit", "inpaint", "restore", "interpolate", "film")
+    every_example(person, *KINDS)
     nothing_left(person, served)
+
+
+@pytest.fixture
+def phone(person):
+    """Somebody at a phone of 390 pixels, in the dark."""
+    tell, size = person.browser.execute_cdp_cmd, {"width": 390, "height": 844, "deviceScaleFactor": 1}
+    tell("Emulation.setDeviceMetricsOverride", size | {"mobile": True})
+    tell("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]})
+    yield person
+    tell("Emulation.clearDeviceMetricsOverride", {})
+    tell("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_every_tab_fits_a_phone(phone):
+    """Gradio hides what is too wide, so that a page which does not scroll may still be cut off."""
+    edges = "[...document.querySelectorAll('.block')].map(x => x.getBoundingClientRect().right)"
+    earlier = len(phone.errors)
+    for kind in KINDS:
+        phone.open(f"?tab={kind}")
+        if kind == "film":
+            phone.click("#film-examples button")
+            phone.finished(kind)
+        assert until(lambda kind=kind: phone.find(f"#{kind}-start")) and phone.find("body.dark")
+        widest = phone.browser.execute_script(f"return Math.max(document.body.scrollWidth, ...{edges})")
+        assert widest <= 390, kind
+    assert phone.errors[earlier:] + phone.console() == []
 
 
 @pytest.mark.parametrize("kind", ["text", "inpaint", "superres"])

@@ -160,6 +160,16 @@ def test_fields_that_cannot_be_meant(tmp_path, encoder):  # noqa: F811
     }
 
 
+def test_what_a_canvas_adds_around_a_picture_is_no_part_of_it():
+    tabs, (canvas, layer) = Tabs(tiny_pipe()), (Image.new("RGBA", (16, 16)) for _ in range(2))
+    canvas.paste(photo(16, 8), (0, 4))
+    layer.paste("red", (0, 4, 8, 12))
+    values = filled(tabs, "inpaint", canvas={"background": canvas, "layers": [layer]})
+    options = tabs.asked("inpaint", values)[1]
+    assert np.array_equal(options["image"].convert("RGB"), photo(16, 8))
+    assert options["mask_image"].size == (16, 8) and options["mask_image"].getbbox() == (0, 0, 8, 8)
+
+
 # ------------------------------------------------------------------------------------------------------- HTTP
 @pytest.fixture(scope="module")
 def served():
