@@ -32,12 +32,12 @@ PICTURES = ("image", "other", "canvas")
 # The result comes into view, which on a phone is below the fields.
 SHOW = "(...x) => {{ document.getElementById('{}-link').scrollIntoView({{ block: 'nearest' }}); return x }}"
 ADDRESS = "q => { const u = new URL(location); u.search = q; history.replaceState(0, '', u); return u.href }"
-FONT = ["system-ui", "sans-serif"]  # of the machine that looks
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # of the visitor
 CSS = """
 .picture img { width: 100%; height: 100%; object-fit: contain }
 .gallery .grid-wrap { min-height: 0 !important; max-height: none !important; overflow: visible !important }
 .gallery .preview ~ .grid-wrap { height: 460px; overflow: hidden !important }
-.gallery .preview::before { opacity: 1 !important }
+.gallery .preview::before { opacity: 1 !important } /* before the others */
 .gallery .grid-container { grid-template-columns: repeat(auto-fit, minmax(max(130px, 34%), 1fr)) !important }
 .gallery .grid-container:has(> :nth-child(5)) {
   grid-template-columns: repeat(auto-fill, minmax(max(90px, 20%), 1fr)) !important
@@ -47,6 +47,9 @@ CSS = """
 [id$=-canvas] .toolbar-wrap { left: 2px !important }
 .status { min-height: 1.5em; overflow: hidden !important }
 """
+COLORS = dict.fromkeys(["body_text_color_subdued", "input_placeholder_color"], "*neutral_500")
+COLORS |= {"input_placeholder_color_dark": "*neutral_400", "checkbox_border_color_dark": "*neutral_500"}
+COLORS |= {"button_primary_background_fill": "*primary_600"}  # Gradio's own of these are too pale to read
 # Gradio's own folder outlives it, with all that was uploaded and drawn; this one ends with the process.
 FOLDER = tempfile.TemporaryDirectory(prefix="page-")
 os.environ.setdefault("GRADIO_TEMP_DIR", FOLDER.name)
@@ -112,8 +115,8 @@ class Page:
         (gallery, status, link, frame, *_), inputs, run = outputs, list(fields.values()), self.runner(kind)
         shown = MODEL | {"js": SHOW.format(kind)}
         started = start.click(run, inputs, outputs, **shown | {"api_visibility": "public", "api_name": kind})
-        filled = table.click(self.filler(kind, examples), table, inputs, **MODEL)
-        again = filled.success(run, inputs, outputs, **shown)
+        filled = table.click(self.filler(kind, examples), table, inputs, **shown)
+        again = filled.success(run, inputs, outputs, **MODEL)
         for each in (started, again):
             each.success(None, link, link, js=ADDRESS, **QUIET)
         cancel.click(self.cancel, None, status, cancels=[started, filled, again], queue=False, **QUIET)
@@ -277,10 +280,7 @@ def serve(page: gr.Blocks, host: str | None = None, port: int | None = None, wai
 
     wait: until Ctrl-C.
     """
-    theme = gr.themes.Base(font=FONT, font_mono=["ui-monospace", "monospace"])
-    grey = {"body_text_color_subdued": "*neutral_500", "input_placeholder_color": "*neutral_500"}
-    theme.set(**grey, input_placeholder_color_dark="*neutral_400", checkbox_border_color_dark="*neutral_500")
-    look = {"theme": theme, "css": CSS}
+    look = {"theme": gr.themes.Base(**FONTS).set(**COLORS), "css": CSS}
     private = {"share": False, "run_history": False, "footer_links": [], "ssr_mode": False}
     options = {"show_error": True, "max_file_size": "20mb", "quiet": True, "prevent_thread_lock": True}
     page.queue(max_size=32)

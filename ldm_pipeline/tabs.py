@@ -194,7 +194,7 @@ class Tabs:
         if kind == "edit":
             return [
                 Example(
-                    f"{to}, strength {x}" if first else f"strength {x}", own(last) | {"strength": x}, first
+                    f"strength {x}, {to}" if first else f"strength {x}", own(last) | {"strength": x}, first
                 )
                 for x in (0.4, 0.7)
             ]
