@@ -73,7 +73,9 @@ def evaluate(run: Run) -> None:
 
     Without its feature network it leaves everything else, and prints the command that measures later.
     """
-    config, pipeline = run.config.evaluation, open_pipeline(run)
+    config, pipeline, folder = run.config.evaluation, open_pipeline(run), run.folder / "latents"
+    if config.pipeline is None:
+        run.require(folder / "manifest.json", "encode_latents.py")
     key, settings = evaluation_key(run, pipeline), settings_of(run, pipeline)
     sampler = new_sampler(run, pipeline)
     store = BatchStore(run.accelerator, run.folder / "evaluation", config.batch_size, run.interruption)
@@ -82,7 +84,7 @@ def evaluate(run: Run) -> None:
 
     results = {"reconstruction": measure_reconstruction(run, pipeline.vae, network, store)}
     if config.pipeline is None:
-        folder, resident = run.folder / "latents", run.config.latents.resident
+        resident = run.config.latents.resident
         held_out = LatentDataset(folder, "held_out", pipeline.vae, run.device, resident)
         text = pipeline.components["text_encoder"]
         captions = text and cached_captions(run.data, "held_out", folder, run.device, resident)
