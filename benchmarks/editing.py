@@ -8,6 +8,7 @@
   Beside both: the models of `--trained`, which were trained for the task.
 - edit: another class by image to image (SDEdit), inversion and FlowEdit, at several strengths.
 - shift: the direction between two classes.
+- rows: pictures alone, of image to image at five strengths and of the way from one picture to the next.
 - classify: the diffusion classifier, for each picture among all classes, or among its own caption and others.
 - memory: what each operation adds to the memory of the process at its peak, for 16 pictures.
 
@@ -36,7 +37,7 @@ from training.evaluation.features import load_network
 from training.evaluation.metrics import FrechetDistance
 from training.evaluation.plots import save_grid, to_uint8
 
-OPERATIONS = ("inpaint", "restore", "edit", "shift", "classify", "memory")
+OPERATIONS = ("inpaint", "restore", "edit", "shift", "rows", "classify", "memory")
 GRID_ROWS = 5
 
 
@@ -254,6 +255,22 @@ def shift(bench: Bench) -> None:
     table("directions between classes", ["direction", "amount", "read as the target", "distance"], rows)
     smallest = min(len(each) for each in shown)
     grid(bench, "shift", [each[:smallest] for each in shown])
+
+
+def rows(bench: Bench) -> None:
+    pipe, images, conditions = bench.pipe, bench.images[:GRID_ROWS], bench.conditions[:GRID_ROWS]
+    name = "prompt" if bench.texts else "class_labels"
+    options = {"num_inference_steps": 20, "guidance_scale": 1.0, "output_type": "pt"}
+    shown = [images]
+    for strength in (0.2, 0.4, 0.6, 0.8, 1.0):
+        given = {name: conditions, "generator": bench.generators(0, len(images)), "strength": strength}
+        shown.append(pipe(image=images, **given, **options).images)
+    grid(bench, "image_to_image", shown)
+    ways = []
+    for first in range(len(images) - 1):
+        ends = slice(first, first + 2)
+        ways.append(editing.interpolate(pipe, images[ends], conditions[ends], frames=8, output_type="pt"))
+    grid(bench, "interpolate", list(torch.stack(ways, 1)))
 
 
 def classify(bench: Bench) -> None:
