@@ -1106,7 +1106,7 @@ class LDMPipeline(DiffusionPipeline):
             class_labels: a name or a number, or a list of them, one per image; None is unconditional.
             image: what a model of a task (`config.task`) is made for; any other changes it (SDEdit,
                 arXiv:2108.01073). A picture of Pillow, an array or tensor in [0, 1], or a list of these, one
-                per image, of any size.
+                per image, of any size. A model that colours keeps its brightness.
             mask_image: white where inpainting shall repaint, of the image's size. Black pixels of the result
                 are those of the image. A model without a task repaints grey by strength: up to the noise
                 level that it says, from 0 (black) to 1 (white), and mixed as much with the image. Below 0.05
@@ -1193,6 +1193,8 @@ class LDMPipeline(DiffusionPipeline):
             else:
                 images = self.decode(latents)
                 images = images if mask is None else torch.lerp(known, images, mask)
+                if self.task and self.task.kind == "colorize":  # only the colours are drawn
+                    images = (images + luminance(known) - luminance(images)).clamp(0, 1)
                 images = self.to_output(images, output_type)
         finally:
             self.maybe_free_model_hooks()

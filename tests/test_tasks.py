@@ -7,7 +7,7 @@ from diffusers import UniPCMultistepScheduler
 from PIL import Image
 
 from ldm_pipeline import LDMPipeline
-from ldm_pipeline.pipeline import Condition, Task, denoise, fit, to_pixels
+from ldm_pipeline.pipeline import Condition, Task, denoise, fit, luminance, to_pixels
 from tests.test_loading import WITHOUT_THE_PACKAGE, run
 from tests.test_pipeline import FLOW, NAMES, generators, sample, tiny_pipe, tiny_unet, tiny_vae
 
@@ -36,6 +36,15 @@ def hole(width, height, box):
     mask = Image.new("L", (width, height))
     mask.paste(255, box)
     return mask
+
+
+def test_a_coloured_picture_keeps_its_brightness():
+    grey = 0.4 + 0.2 * torch.rand(2, 1, 16, 16)  # where there is room for colours
+    coloured = sample(task_pipe(COLORIZE), image=grey, generator=generators(0, 1))
+    assert coloured.shape == (2, 3, 16, 16) and (coloured - grey).abs().max() > 1e-3
+    inside = ((coloured > 0) & (coloured < 1)).all(1, keepdim=True)
+    assert inside.float().mean() > 0.9
+    torch.testing.assert_close(luminance(coloured)[inside], grey[inside], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
