@@ -77,12 +77,8 @@ def choose(config: Config, facts: Facts, seconds: float, measure: Measure) -> Pl
         some = facts.of(FEW)
         plan = _choose(config, some, seconds, measure, mirrored=False)
         preparing, training = plan.parts["start"] - FIXED + plan.parts["latents"], plan.parts["denoiser"]
-        each, step, both = (
-            preparing / some.images,
-            training / seen(plan.config.denoiser),
-            preparing + training,
-        )
-        number = int(min(both / (each + step), PREPARING_SHARE * both / each))
+        each, step = preparing / some.images, training / seen(plan.config.denoiser)
+        number = int((preparing + training) * min(1 / (each + step), PREPARING_SHARE / each))
         if number < facts.images:
             limit, facts = number, facts.of(number)
     plan = _choose(config, facts, seconds, measure, False, limit)
