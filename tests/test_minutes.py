@@ -146,7 +146,7 @@ def test_a_dry_run_says_what_more_and_less_time_would_buy(tmp_path):
     printed = child.stdout
     assert "Sized for --minutes 2: 1,707 grey images of 8 pixels" in printed
     assert re.search(r"16x16 pixels, AutoencoderDC .* after [\d,]+ images, U-Net .* epochs", printed)
-    assert "twice the time: 16x16" in printed and "half the time: " in printed
+    assert "twice the time: 16x16" in printed and "half the time: 16x16" in printed
     parts = re.search(r"minutes: (sizing .*reserve [\d.]+)", printed)[1]
     assert sum(map(float, re.findall(r"[\d.]+", parts))) == pytest.approx(2, abs=0.3)
     assert {path.name for path in (tmp_path / "run").rglob("*")} == {"data.json", "samples", "data.png"}
