@@ -41,8 +41,7 @@ def with_answers(splits: datasets.DatasetDict, style: int, limit: int) -> tuple[
         for row, (name, own) in enumerate(zip(held["name"], held["style"], strict=True))
         if own != style and name in answers
     ]
-    order = torch.randperm(len(found), generator=seeded_generator("cpu", "rows of styles"))
-    sources = read(held, [found[index] for index in order[:limit].tolist()])
+    sources = read(held, [found[index] for index in some(found, limit, "rows of styles")])
     return sources, read(everything, styled), [answers[name] for name in sources.names]
 
 
@@ -72,8 +71,7 @@ def by_references(pipe, options, splits, style: int, number: int, sources: Rows)
 
     def references(of: int) -> Tensor:
         rows = (styles == of).nonzero().flatten()
-        order = torch.randperm(len(rows), generator=seeded_generator("cpu", "references", of))[:number]
-        return read(train, rows[order].tolist()).images / 255
+        return read(train, rows[some(rows, number, "references", of)].tolist()).images / 255
 
     for own in sources.classes["style"].unique().tolist():
         rows = sources.classes["style"] == own

@@ -16,6 +16,7 @@ over pictures. Each grid has columns of conditions, baselines, model and origina
 """
 
 import argparse
+from collections.abc import Sized
 from pathlib import Path
 
 import datasets
@@ -43,9 +44,9 @@ def read(split: datasets.Dataset, column: str, indices: list[int]) -> Tensor:
     return torch.stack([to_pixels(picture.convert("RGB"))[0] for picture in pictures])
 
 
-def some(split: datasets.Dataset, limit: int, name: str) -> list[int]:
-    """At most `limit` rows of a split, drawn at random."""
-    return torch.randperm(len(split), generator=seeded_generator("cpu", name))[:limit].tolist()
+def some(split: Sized, limit: int, *name: str | int) -> list[int]:
+    """At most `limit` rows of a split, drawn at random: always the same of a name."""
+    return torch.randperm(len(split), generator=seeded_generator("cpu", *name))[:limit].tolist()
 
 
 def holes(count: int, size: int, seed: int) -> Tensor:

@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 Setting = TypeVar("Setting")
 LOOKED_AT = 200  # images
 DRAWN = 0.3  # share of neighbouring pixels that are equal; photographs have few
-TRYING = 0.01  # of the time, for the choice of threads and precision
+TRYING = 0.005  # of the time, for the choice of precision, and for that of threads
 CLOSE = 1.3  # threads and precisions this much slower than the best are not tried further
 
 
@@ -217,7 +217,7 @@ class Bench:
             settings = sorted((each for each in settings if results[each] < CLOSE * best), key=results.get)
             spent = agreed(time.perf_counter() - begun)
             # The next takes thrice as long.
-            if 4 * spent > TRYING / 2 * self.config.minutes * 60:
+            if 4 * spent > TRYING * self.config.minutes * 60:
                 break
         return settings[0]
 
