@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from ldm_pipeline.loading import AUTOENCODERS, load_autoencoder, load_text_encoder
@@ -40,7 +42,7 @@ def new_denoiser(
     """
     torch.manual_seed(config.seed + 1)
     stage, task = config.denoiser, task_of(config.denoiser)
-    return build_unet(
+    unet = build_unet(
         latent_shape[1:],
         latent_shape[0],
         stage.widths,
@@ -54,6 +56,20 @@ def new_denoiser(
         stage.cross_attention_dim,
         task.channels(latent_shape[0]) if task else 0,
     )
+    for last in _last_layers(unet):
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+    return unet
+
+
+def _last_layers(unet: nn.Module) -> Iterator[nn.Module]:
+    """The last layers of a U-Net and of its residual branches, which begin at zero (arXiv:2006.11239)."""
+    yield unet.conv_out
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D):
+            yield module.conv2
+        elif isinstance(module, Attention):
+            yield module.to_out[0]
 
 
 def has_classes(config: Config, data: ImageData) -> bool:

@@ -94,6 +94,7 @@ def _choose(
     draft, reasons, everything = smallest(config, facts.typical_batch), [], facts.images + facts.held_out
     data = {"channels": 1 if facts.grey else 3, "horizontal_flip": mirrored, "max_images": limit}
     put(draft, {f"data.{name}": value for name, value in data.items()})
+    put(draft, {"denoiser.optimizer": "adamw" if facts.sharded else "muon"})
     start = FIXED + facts.scanning
     left = seconds * (1 - RESERVE) - start - facts.captions
     draft, encoder, first = _choose_autoencoder(draft, facts, left, measure, reasons)

@@ -78,6 +78,7 @@ class Facts:
         captions: seconds to encode all of them.
         judging: seconds of the feature network for an image; None without one.
         processes: they share a batch.
+        sharded: whether they share the weights too (FSDP), of which Muon needs whole matrices.
         typical_batch: batch size at which networks are compared.
     """
 
@@ -93,6 +94,7 @@ class Facts:
     captions: float = 0.0
     judging: float | None = None
     processes: int = 1
+    sharded: bool = False
     typical_batch: int = 32
 
     def of(self, images: int) -> "Facts":
@@ -206,10 +208,11 @@ def smallest(config: Config, size: int) -> Config:
 def sampling_options(config: Config, facts: Facts) -> dict:
     """Steps and guidance of samples."""
     text = config.denoiser.text_encoder is not None
-    guided = text or (facts.classes > 0 and config.data.dataset != "digits")
+    by_class = not text and facts.classes > 0 and config.data.dataset != "digits"
     return {
         "denoiser.sample_steps": 8 if config.data.resolution <= 32 else 12,
-        "denoiser.guidance_scale": 5.0 if text else 2.0 if guided else 1.0,
+        "denoiser.guidance_scale": 5.0 if text else 4.0 if by_class else 1.0,
+        "denoiser.guidance_interval": [0.2, 0.8] if by_class else [0.0, 1.0],
     }
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from torch import Tensor, nn
 
 from ldm_pipeline.pipeline import Condition, denoise, latent_shape
@@ -127,6 +127,7 @@ class Bench:
             captions=self._captions(),
             judging=self._judging(),
             processes=self.state.num_processes,
+            sharded=parse_flag_from_env("ACCELERATE_USE_FSDP"),
             typical_batch=512 if cuda else 16 * self.state.num_processes,
         )
 
