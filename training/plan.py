@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from training.config import Config, RunError
 from training.data.tasks import RANDOM, cached, task_of
 from training.recipes import (
+    AMPLE,
     AUTOENCODER_SHARE,
     AUTOENCODERS,
     EPOCHS_WITHOUT_DROPOUT,
-    MOST_AUTOENCODER_IMAGES,
     PARAMETERS_PER_IMAGE,
     UNETS,
     Facts,
@@ -113,15 +113,16 @@ def _choose(
 
 def _climb(
     draft: Config, name: str, ladder: list, images: Callable, measure: Measure, reasons: list[str], slower=1.0
-) -> Config:
-    """`draft` with the options of the highest rung that sees the images that it needs, at least the first.
+) -> tuple[Config, int]:
+    """`draft` with the options of the highest rung that sees the images it needs, at least the first, and how
+    many it needs.
 
     Args:
         ladder: (images needed, options) of the rungs, from the lowest.
         images: that a network of a speed sees.
         slower: a rung than the one below, at least; what cannot suffice is not measured.
     """
-    best, number = None, 0.0
+    best, needed, number = None, 0, 0.0
     for need, options in ladder:
         tried = copy.deepcopy(draft)
         put(tried, options)
@@ -135,8 +136,8 @@ def _climb(
                 size = tried.data.resolution
                 reasons.append(f"{name} {getattr(tried, name).widths} at {size} pixels {why}")
             break
-        best = tried
-    return best
+        best, needed = tried, need
+    return best, needed
 
 
 def _choose_autoencoder(draft: Config, facts: Facts, seconds: float, measure: Measure, reasons: list[str]):
@@ -151,7 +152,7 @@ def _choose_autoencoder(draft: Config, facts: Facts, seconds: float, measure: Me
         return max(speed.step, decoding / facts.readers) if facts.readers else speed.step + decoding
 
     def images(speed: Speed) -> float:
-        return min(MOST_AUTOENCODER_IMAGES, share * (1 - MONITOR_SHARE) / cost(speed))
+        return share * (1 - MONITOR_SHARE) / cost(speed)
 
     sides = [side for side in AUTOENCODERS if side <= max(facts.side, 16)]
     sides = [draft.data.resolution] if "data.resolution" in draft.given else sides
@@ -159,13 +160,17 @@ def _choose_autoencoder(draft: Config, facts: Facts, seconds: float, measure: Me
         (recipes_at(side)[0].need, autoencoder_options(draft, facts, side, recipes_at(side)[0]))
         for side in sides
     ]
-    draft = _climb(draft, name, ladder, images, measure, reasons, slower=3)
+    draft, _ = _climb(draft, name, ladder, images, measure, reasons, slower=3)
     side = draft.data.resolution
     ladder = [(recipe.need, autoencoder_options(draft, facts, side, recipe)) for recipe in recipes_at(side)]
-    draft = _climb(draft, name, ladder, images, measure, reasons)
-    speed = _set_batch(draft, name, batch_size(0.15, images(measure(draft, name)), facts), facts, measure)
+    draft, need = _climb(draft, name, ladder, images, measure, reasons)
+
+    def worth(speed: Speed) -> float:
+        return min(images(speed), (AMPLE * need * images(speed)) ** 0.5)
+
+    speed = _set_batch(draft, name, batch_size(0.1, worth(measure(draft, name)), facts), facts, measure)
     check = min(512, facts.held_out) * (speed.evaluate + facts.decoding) / facts.processes
-    return draft, speed, _set_steps(draft, name, images(speed), cost(speed), check, speed)
+    return draft, speed, _set_steps(draft, name, worth(speed), cost(speed), check, speed)
 
 
 def _set_batch(draft: Config, name: str, size: int, facts: Facts, measure: Measure) -> Speed:
@@ -228,7 +233,7 @@ def _choose_denoiser(
         (rung.need, denoiser_options(draft, rung, encoder.side, facts.typical_batch))
         for rung in unets_of(draft)
     ]
-    draft = _climb(draft, name, ladder, suitable, measure, reasons)
+    draft, _ = _climb(draft, name, ladder, suitable, measure, reasons)
     speed = _set_batch(draft, name, batch_size(0.1, images(measure(draft, name)), facts), facts, measure)
     stage, columns = draft.denoiser, min(facts.classes, 10) or 8
     passes = stage.sample_steps * (1 if stage.guidance_scale == 1 else 2)

@@ -11,8 +11,8 @@ from operator import attrgetter
 
 from training.config import Config, OptimizationConfig
 
-AUTOENCODER_SHARE = 0.2  # of the time for training
-MOST_AUTOENCODER_IMAGES = 3_000_000
+AUTOENCODER_SHARE = 0.2  # of the time for training, at most
+AMPLE = 5  # times the images that an autoencoder needs; beyond, what it sees grows with the root of the time
 PARAMETERS_PER_IMAGE = 4000  # of the denoiser, at most: few images are learnt by heart
 EPOCHS_WITHOUT_DROPOUT = 100
 COPIES = 5000, 400  # below so many images and above so many epochs expect copies
