@@ -315,7 +315,9 @@ def test_an_early_checkpoint_of_a_run_becomes_its_guide(tiny_run, tmp_path):
     """Also for a run that is finished: then nothing is trained again."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
     options = ["--redo", "[denoiser]", "--denoiser.keep_every", "4", "--denoiser.guide_step"]
-    launch("train_denoiser.py", *options, "4", config=run / "config.yaml")
+    interval = ["--denoiser.guidance_interval", "[0.2, 0.9]"]
+    launch("train_denoiser.py", *options, "4", *interval, config=run / "config.yaml")
+    assert LDMPipeline.from_pretrained(run / "pipeline").config.defaults["guidance_interval"] == [0.2, 0.9]
     unet = (run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     for step in (4, 8):
         if step == 8:

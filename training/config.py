@@ -278,7 +278,7 @@ class DenoiserConfig(OptimizationConfig):
     """Inference steps of the grids, and the default of the finished pipeline."""
     guidance_scale: Finite = free(1.5)
     """Guidance scale of grids by class or caption, and the default of the finished pipeline; 1 is off."""
-    guidance_interval: list[Share] = free([0.0, 1.0])
+    guidance_interval: tuple[Share, Share] = free((0.0, 1.0))
     """Lowest and highest noise level at which these are guided (arXiv:2404.07724); 0 is clean, 1 is noise."""
     guide_step: NonNegativeInt = free(0)
     """Step of an early checkpoint, which stays, and whose EMA weights become the pipeline's `guide_unet`: the
@@ -400,9 +400,9 @@ def check_config(config: Config, together: bool = True) -> None:
         _check_losses(config.autoencoder, config.data.resolution)
     _check_schedule("denoiser", config.denoiser)
     _check_task(config.denoiser.task, config.data)
-    interval = config.denoiser.guidance_interval
-    if len(interval) != 2 or interval[0] >= interval[1]:
-        raise RunError(f"--denoiser.guidance_interval {interval}: want two that rise, as [0.2, 0.8]")
+    low, high = config.denoiser.guidance_interval
+    if low >= high:
+        raise RunError(f"--denoiser.guidance_interval [{low}, {high}]: want two rising noise levels")
     if config.evaluation.lpips and find_spec("lpips") is None:
         raise RunError(
             "--evaluation.lpips needs the package lpips: pip install -e '.[lpips]' in the checkout"

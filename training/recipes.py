@@ -212,7 +212,7 @@ def sampling_options(config: Config, facts: Facts) -> dict:
     return {
         "denoiser.sample_steps": 8 if config.data.resolution <= 32 else 12,
         "denoiser.guidance_scale": 5.0 if text else 4.0 if by_class else 1.0,
-        "denoiser.guidance_interval": [0.2, 0.8] if by_class else [0.0, 1.0],
+        "denoiser.guidance_interval": (0.2, 0.8) if by_class else (0.0, 1.0),
     }
 
 

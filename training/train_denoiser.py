@@ -244,8 +244,8 @@ def random_batch(
 def default_arguments(config: DenoiserConfig, unet: nn.Module) -> dict:
     """Default sampling arguments that are saved with the pipeline."""
     guidance = {"guidance_scale": config.guidance_scale}
-    if config.guidance_interval != [0, 1]:
-        guidance["guidance_interval"] = tuple(config.guidance_interval)
+    if config.guidance_interval != (0, 1):
+        guidance["guidance_interval"] = config.guidance_interval
     return {"num_inference_steps": config.sample_steps} | (guidance if is_conditional(unet) else {})
 
 

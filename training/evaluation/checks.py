@@ -89,6 +89,6 @@ def _check_options(run: Run, trains: bool) -> None:
     objective = objective_of(config.denoiser)
     scale = config.denoiser.guidance_scale if conditional else 1.0
     scheduler, steps = build_scheduler(objective), config.denoiser.sample_steps
-    interval = tuple(config.denoiser.guidance_interval)
+    interval = config.denoiser.guidance_interval
     own = SamplingSettings(Objective(objective), scheduler, steps, scale, guidance_interval=interval)
     configured_settings(evaluation, own, conditional, config.denoiser.guide_step > 0)
