@@ -3,12 +3,14 @@
 import shutil
 
 import pytest
+import torch
 from conftest import TINY
 
 from ldm_pipeline.models import build_autoencoder
+from ldm_pipeline.pipeline import denoise
 from training.config import Config, DataConfig, RunError, parse_config
 from training.data.images import load_images
-from training.networks import check_data, check_networks, new_denoiser
+from training.networks import blank_condition, check_data, check_networks, new_denoiser
 
 DC = "--autoencoder.kind=AutoencoderDC"
 
@@ -63,6 +65,22 @@ def existing(tmp_path):
     """A folder with an autoencoder of grey images."""
     build_autoencoder("AutoencoderKL", [8, 16], [1, 1], 4, 1, 16).save_pretrained(tmp_path / "vae")
     return tmp_path / "vae"
+
+
+@pytest.mark.parametrize("text_width", [None, 8])
+def test_a_new_denoiser_predicts_zero_and_all_of_it_learns(text_width):
+    """Layers of zeros behind each other pass no gradient: it needs a few steps to reach all parameters."""
+    unet = new_denoiser(tiny("--denoiser.dropout=0"), None, (4, 8, 8), text_width)
+    optimizer, noisy = torch.optim.SGD(unet.parameters(), lr=0.1), torch.randn(2, 4, 8, 8)
+    condition = blank_condition(unet, 2)
+    if text_width:
+        condition.encoder_hidden_states.normal_()
+    assert not denoise(unet, noisy, torch.full((2,), 500.0), condition).any()
+    for _ in range(4):
+        optimizer.zero_grad()
+        (denoise(unet, noisy, torch.full((2,), 500.0), condition) - noisy).square().mean().backward()
+        optimizer.step()
+    assert not [name for name, parameter in unet.named_parameters() if not parameter.grad.any()]
 
 
 def test_an_existing_autoencoder_is_planned_from_its_config_alone(existing):
