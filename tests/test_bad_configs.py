@@ -109,6 +109,7 @@ def test_a_file_runs_no_code(content, tmp_path, monkeypatch):
         ("denoiser.max_steps", "many", "a whole number above 0"),
         ("denoiser.max_steps", "1.5", "a whole number above 0"),
         ("denoiser.class_conditional", "cats", "true or false"),
+        ("denoiser.guidance_interval", "[0.8, 0.2]", "two rising noise levels"),
         ("evaluation.save_samples", "jpg", "one of png, npz"),
         ("redo", "denoiser", "a list in brackets, each one of autoencoder, latents, denoiser, evaluation"),
     ],

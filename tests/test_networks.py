@@ -60,13 +60,6 @@ def test_labels_and_batches_that_are_asked_for_must_exist():
         check_data(tiny("--denoiser.class_conditional=true"), data)
 
 
-@pytest.fixture
-def existing(tmp_path):
-    """A folder with an autoencoder of grey images."""
-    build_autoencoder("AutoencoderKL", [8, 16], [1, 1], 4, 1, 16).save_pretrained(tmp_path / "vae")
-    return tmp_path / "vae"
-
-
 @pytest.mark.parametrize("text_width", [None, 8])
 def test_a_new_denoiser_predicts_zero_and_all_of_it_learns(text_width):
     """Layers of zeros behind each other pass no gradient: it needs a few steps to reach all parameters."""
@@ -81,6 +74,13 @@ def test_a_new_denoiser_predicts_zero_and_all_of_it_learns(text_width):
         (denoise(unet, noisy, torch.full((2,), 500.0), condition) - noisy).square().mean().backward()
         optimizer.step()
     assert not [name for name, parameter in unet.named_parameters() if not parameter.grad.any()]
+
+
+@pytest.fixture
+def existing(tmp_path):
+    """A folder with an autoencoder of grey images."""
+    build_autoencoder("AutoencoderKL", [8, 16], [1, 1], 4, 1, 16).save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
 
 
 def test_an_existing_autoencoder_is_planned_from_its_config_alone(existing):
