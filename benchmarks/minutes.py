@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -27,6 +26,7 @@ from training.evaluation.features import load_network
 from training.evaluation.metrics import Reference
 from training.evaluation.plots import to_uint8
 from training.runtime.atomic import read_json, write_json
+from training.runtime.checkpoints import ema_weights, found_checkpoints
 
 BATCH = 100
 SHOWN = ("FD", "recall")
@@ -43,7 +43,7 @@ class Judge:
 
     @torch.no_grad()
     def _outputs(self, parts: Iterator[Tensor]) -> dict[str, Tensor]:
-        """What the network says of images (n, 3, R, R) uint8."""
+        """Outputs of the network by name, for parts (n, 3, R, R) uint8 of all images."""
         outputs = [self.network(part) for part in parts]
         return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
 
@@ -77,9 +77,8 @@ def drawing(pipe: LDMPipeline, bf16: bool) -> Callable[[list[int], torch.Generat
 
 def checkpoints_of(run: Path, pipe: LDMPipeline) -> Iterator[tuple[int, float]]:
     """Step and seconds of a denoiser's training of every kept checkpoint; `pipe` then has its averages."""
-    kept = (run / "denoiser").glob("checkpoint-*")
-    for folder in sorted(kept, key=lambda path: int(path.name.split("-")[1])):
-        pipe.unet.load_state_dict(load_file(folder / "ema.safetensors"))
+    for folder in found_checkpoints(run / "denoiser"):
+        pipe.unet.load_state_dict(ema_weights(folder))
         record = read_json(folder / "state.json")
         yield record["step"], record["seconds"]
 

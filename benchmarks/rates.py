@@ -1,4 +1,4 @@
-"""What a run reaches of what the machine can do: arithmetic of the networks, images of scan and latents.
+"""Shares of the machine's speed that a run reaches: arithmetic of the networks, images of scan and latents.
 
     python benchmarks/rates.py --config training/configs/cifar10_cpu.yaml --data.dataset path/to/cifar10 \\
       --data.max_images 8192
