@@ -11,11 +11,11 @@ from sklearn.datasets import load_digits
 DIGITS = "zero one two three four five six seven eight nine".split()
 
 
-def captioned_digits(folder: Path) -> Path:
-    """A folder with 300 digits, each with two captions, such as "the digit seven" and "a 7"."""
+def captioned_digits(folder: Path, count: int = 300) -> Path:
+    """A folder with `count` digits, each with two captions, such as "the digit seven" and "a 7"."""
     digits = load_digits()
-    images = [Image.fromarray((image * 255 / 16).astype(np.uint8)) for image in digits.images[:300]]
-    texts = [[f"the digit {DIGITS[label]}", f"a {label}"] for label in digits.target[:300]]
+    images = [Image.fromarray((image * 255 / 16).astype(np.uint8)) for image in digits.images[:count]]
+    texts = [[f"the digit {DIGITS[label]}", f"a {label}"] for label in digits.target[:count]]
     features = Features({"image": ImageFeature(), "text": List(Value("string"))})
     Dataset.from_dict({"image": images, "text": texts}, features).save_to_disk(folder)
     return folder

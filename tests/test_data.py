@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -376,6 +377,23 @@ def test_the_fingerprint_names_content_and_transform(tmp_path):
     assert load_images(DataConfig(dataset=str(moved), resolution=8)).fingerprint == first
     picture(77).save(moved / "a" / "test_0.png")
     assert load_images(DataConfig(dataset=str(moved), resolution=8)).fingerprint != first
+
+
+def test_scanned_images_are_known_by_their_bytes_and_classes(tmp_path):
+    def found(root: Path) -> str:
+        return scan(load_images(DataConfig(dataset=str(root), resolution=8))).fingerprint
+
+    root = write_folder(tmp_path / "data")
+    first = found(root)
+    copy = shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copyfile)  # as downloaded again
+    for path in copy.rglob("*.png"):
+        os.utime(path, (0, 0))
+    assert found(copy) == first
+    (copy / "a").rename(copy / "c")
+    assert found(copy) != first  # other classes
+    path = root / CLASSES[0] / f"test_{GREYS[0]}.png"
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert found(root) != first
 
 
 def test_some_of_the_images_are_always_the_same_and_no_others(tmp_path):

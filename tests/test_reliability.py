@@ -338,6 +338,20 @@ def test_the_newest_every_mth_and_the_guides_checkpoint_are_kept_and_none_that_i
     }
 
 
+def test_a_run_goes_on_with_a_copy_of_its_images_and_not_with_others(tmp_path):
+    run, here, there = (tmp_path / name for name in ("run", "here", "there"))
+    options = ["--evaluation.num_samples=0", "--denoiser.decay_fraction=0", "--data.dataset"]
+    train(run, *options, captioned_digits(here))
+    latents = {path: path.stat().st_mtime_ns for path in (run / "latents").rglob("*.safetensors")}
+    shutil.copytree(here, there, copy_function=shutil.copyfile)  # as downloaded again, to a new machine
+    shutil.rmtree(here)
+    train(run, *options, there, "--denoiser.max_steps=16")
+    assert latents and {path: path.stat().st_mtime_ns for path in latents} == latents
+    others = captioned_digits(tmp_path / "others", 290)
+    refused = train(run, *options, others, "--denoiser.max_steps=20", check=False)
+    assert refused.returncode == 2 and "data.dataset changed" in refused.stderr
+
+
 def test_torn_foreign_and_outside_latents(tiny_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)

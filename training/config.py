@@ -83,7 +83,7 @@ def fail(error: ValueError) -> NoReturn:
 class DataConfig:
     """The images."""
 
-    dataset: Text = option("uoft-cs/cifar10", basic=True)
+    dataset: Text = option("uoft-cs/cifar10", resume="free", basic=True)
     """Hub id, folder of images, or parquet, arrow or webdataset files. A folder may have one folder per
     class, or folders train and test, or be written by save_to_disk. "digits" is scikit-learn's set of
     handwritten digits, which needs no download."""

@@ -141,7 +141,8 @@ def caches(run: Run, autoencoder: nn.Module) -> list[Cache]:
     if cached(task):
         shards = [replace(shard, shapes={"mean": shard.shapes["mean"]}) for shard in found[0].plan]
         conditions = {split: ShownImages(task, run.data, split) for split in SPLITS}
-        found.append(Cache(folder / TASK_CACHE, key | {"task": task.config}, shards, conditions))
+        key |= {"task": task.config, "pairs": run.data.pairs}
+        found.append(Cache(folder / TASK_CACHE, key, shards, conditions))
     return found
 
 
@@ -173,9 +174,9 @@ def prepare_cache(run: Run, cache: Cache) -> None:
     changed = ", ".join(name for name in key if stored.get(name) != key[name])
     if changed and (denoiser := run.folder / "denoiser").exists():
         raise RunError(
-            f"{denoiser} was trained on the latents in {folder}, and these changed since: {changed}. Files "
-            "are known by name, size and time (cp -a and rsync -a keep it). --redo '[latents]' encodes and "
-            "trains again"
+            f"{denoiser} was trained on the latents in {folder}, and these changed since: {changed}. Images "
+            "are known by their bytes, with --data.scan sample their files by name, size and time (cp -a and "
+            "rsync -a keep it). --redo '[latents]' encodes and trains again"
         )
     run.accelerator.wait_for_everyone()  # every process has looked before one changes anything
     if run.accelerator.is_main_process:

@@ -99,14 +99,23 @@ class ImageDataset(torch.utils.data.Dataset):
             sample["class_labels"] = self.all_labels[self.rows[index]]
         return sample
 
-    def raw(self, index: int) -> Image.Image:
-        """The picture as it is stored, not yet decoded. OSError or ValueError if it cannot be opened."""
-        encoded, path = self._stored(index)
-        if encoded is None and path is None:
+    def encoded(self, index: int) -> bytes:
+        """The picture's file. OSError or ValueError if there is none."""
+        content, path = self._stored(index)
+        if content is None and path is None:
             raise ValueError("the row has no image")
-        content = _read_file(path, self.folders) if encoded is None else encoded
+        content = _read_file(path, self.folders) if content is None else content
         if not content:
             raise ValueError("the file is empty")
+        return content
+
+    def raw(self, index: int) -> Image.Image:
+        """The picture as it is stored, not yet decoded. OSError or ValueError if it cannot be opened."""
+        return self.open(self.encoded(index))
+
+    @staticmethod
+    def open(content: bytes) -> Image.Image:
+        """The picture of a file, not yet decoded. ValueError if it is none."""
         try:
             picture = Image.open(BytesIO(content))
         except UnidentifiedImageError as error:  # its own text holds a memory address
@@ -155,12 +164,18 @@ def _read_file(path: str, folders: tuple[str, ...]) -> bytes:
 
 @dataclass
 class ImageData:
-    """The images of a run; `fingerprint` is a hash of their source, columns and transform."""
+    """The images of a run.
+
+    `fingerprint` is a hash of their source and transform: of the files' names, sizes and times, or the Hub's
+    commit, and the columns; once they are all scanned, of their bytes and classes, which a copy has too.
+    `pairs` is one of the bytes of the paired pictures, once they are checked.
+    """
 
     train: ImageDataset
     held_out: ImageDataset
     id2label: dict[int, str] | None
     fingerprint: str
+    pairs: str | None = None
 
     @cached_property
     def maps(self) -> bool:

@@ -1,5 +1,7 @@
 """A look at the images before the first step: their sizes, modes and classes, and which cannot be read."""
 
+import hashlib
+import json
 import os
 import sys
 from collections import Counter
@@ -8,13 +10,14 @@ from dataclasses import dataclass
 from statistics import median_low
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from training.config import RunError
 from training.data.images import ImageData, ImageDataset, reason_of
-from training.data.transform import transform
+from training.data.transform import TRANSFORM_VERSION, transform
 
 FEW_IMAGES = 1000  # below, networks of any use here reproduce their training images
 MANY_IMAGES = 5000  # worth a progress bar, and the start of several processes
@@ -30,7 +33,8 @@ class Scan:
     `counts` are the images of "train" and "held_out" without the unreadable ones, `sizes` the 1,000 most
     frequent as "WIDTHxHEIGHT", `shorter_sides` the least, median and largest, `enlarged` how many are smaller
     than the resolution, `classes` the training images by class name; the dicts of `unreadable` have the keys
-    "split", "index", "name" and "reason". `sampled` is the number of images looked at, 0 for all.
+    "split", "index", "name" and "reason". `sampled` is the number of images looked at, 0 for all; then
+    `fingerprint` is the SHA-256 of the usable images, their classes and the transform, else None.
     """
 
     resolution: int
@@ -42,6 +46,7 @@ class Scan:
     classes: dict[str, int] | None
     unreadable: list[dict[str, Any]]
     sampled: int = 0
+    fingerprint: str | None = None
 
     def describe(self) -> str:
         """The lines a person reads before a run: the images' properties, and warnings."""
@@ -74,7 +79,7 @@ def _listing(counts: dict[str, int], most: int = 10) -> str:
 
 
 class _Inspection(torch.utils.data.Dataset):
-    """Images of a split as ((width, height), mode), or the reason why they cannot be used."""
+    """Images of a split as ((width, height), mode) and SHA-256, or the reason why they cannot be used."""
 
     def __init__(self, split: ImageDataset):
         self.split = split
@@ -82,43 +87,57 @@ class _Inspection(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, index: int) -> tuple[tuple[int, int], str] | str:
+    def __getitem__(self, index: int) -> tuple[tuple[tuple[int, int], str], bytes] | str:
+        split = self.split
         try:
-            picture = self.split.raw(index)
+            content = split.encoded(index)
+            picture = split.open(content)
             found = picture.size, picture.mode
-            transform(picture, self.split.resolution, self.split.channels, False)
+            transform(picture, split.resolution, split.channels, False)
         except Exception as error:  # Pillow's readers raise nearly every kind on broken files
             return reason_of(error)
-        return found
+        return found, hashlib.sha256(content).digest()
 
 
 class _PairInspection(_Inspection):
-    """Paired pictures of a split: None, or the reason why they cannot be used."""
+    """Paired pictures of a split as SHA-256, or the reason why they cannot be used."""
 
-    def __getitem__(self, index: int) -> str | None:
+    def __getitem__(self, index: int) -> bytes | str:
         try:
-            image, other = self.split.raw(index), self.split.paired().raw(index)
+            content = self.split.paired().encoded(index)
+            image, other = self.split.raw(index), self.split.open(content)
             transform(other, self.split.resolution, self.split.channels, False)  # it is upright afterwards
         except Exception as error:
             return reason_of(error)
         width, height = image.size[::-1] if image.getexif().get(ORIENTATION, 1) > 4 else image.size
         if abs(width * other.height - height * other.width) > SAME_SHAPE * width * other.height:
             return f"it is {other.width}x{other.height}, its image {width}x{height}: another shape"
-        return None
+        return hashlib.sha256(content).digest()
 
 
 def check_pairs(
     data: ImageData, num_workers: int = 0, worker_init_fn: Callable[[int], None] | None = None
-) -> None:
-    """RunError where a picture in the paired column is missing, unreadable, or of another shape."""
+) -> str:
+    """The SHA-256 of the pictures in the paired column.
+
+    Raises:
+        RunError: one is missing, unreadable, or of another shape than its image.
+    """
+    fingerprint = hashlib.sha256()
     for split in (data.train, data.held_out):
-        results = _inspect(_PairInspection(split), range(len(split)), num_workers, worker_init_fn)
-        if bad := {index: reason for index, reason in results if reason}:
+        bad = {}
+        for index, result in _inspect(_PairInspection(split), range(len(split)), num_workers, worker_init_fn):
+            if isinstance(result, str):
+                bad[index] = result
+            else:
+                fingerprint.update(result)
+        if bad:
             shown = "".join(f"\n  {split.name_of(index)}: {bad[index]}" for index in list(bad)[:10])
             raise RunError(
                 f"--denoiser.task column:{split.paired_column}: {len(bad):,} of {len(split):,} pictures of "
                 f"split {split.name!r} cannot be paired; mend or remove these rows:{shown}"
             )
+    return fingerprint.hexdigest()
 
 
 def scan(
@@ -136,6 +155,8 @@ def scan(
         RunError: no image of a split can be used.
     """
     found, unreadable, counts, sampled, classes = Counter(), [], {}, 0, None
+    kind = [data.train.resolution, data.train.channels, data.id2label, TRANSFORM_VERSION]
+    fingerprint = hashlib.sha256(json.dumps(kind).encode())
     for key, split in (("train", data.train), ("held_out", data.held_out)):
         indices = range(len(split))
         if extent == "sample" and len(split) > SAMPLE_SIZE:
@@ -146,16 +167,21 @@ def scan(
             if isinstance(result, str):
                 bad[index] = result
             else:
-                found[result] += 1
+                found[result[0]] += 1
+                fingerprint.update(result[1])
         for index, reason in bad.items():
             unreadable.append({"split": key, "index": index, "name": split.name_of(index), "reason": reason})
         counts[key] = len(split) - len(bad)
+        fingerprint.update(str(counts[key]).encode())
+        if split.labels is not None:
+            fingerprint.update(np.delete(split.labels.numpy(), list(bad)).tobytes())
         if len(bad) == len(indices):
             first = f"{split.name_of(indices[0])}: {bad[indices[0]]}" if bad else "it is empty"
             raise RunError(f"No {key} image of split {split.name!r} can be read (--data.dataset); {first}")
         if key == "train" and data.id2label is not None:
             names = [data.id2label[label] for i, label in enumerate(split.labels.tolist()) if i not in bad]
             classes = {name: 0 for name in data.id2label.values()} | Counter(names)
+    some = sampled < len(data.train) + len(data.held_out)
     sides, sizes, modes = Counter(), Counter(), Counter()
     for (size, mode), count in found.items():
         sides[min(size)] += count
@@ -170,7 +196,8 @@ def scan(
         modes=dict(modes.most_common()),
         classes=classes,
         unreadable=unreadable,
-        sampled=sampled if sampled < len(data.train) + len(data.held_out) else 0,
+        sampled=sampled if some else 0,
+        fingerprint=None if some else fingerprint.hexdigest(),
     )
 
 

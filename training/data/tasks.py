@@ -65,7 +65,8 @@ class TaskImages(Dataset):
 
     def __init__(self, task: Task, data: ImageData, split: str):
         self.task, self.originals = task, getattr(data, split)
-        self.key = {"task": task.config, "data": data.fingerprint, "split": split}  # of results in a store
+        # Of results in a store.
+        self.key = {"task": task.config, "data": data.fingerprint, "pairs": data.pairs, "split": split}
         column = task.kind == "column"
         self.images = self.originals.paired(task.config["nearest"]) if column else self.originals
 

@@ -34,6 +34,8 @@ STAGES = {
 def check_folder(config: Config, say: Callable[[str], None] = print) -> None:
     """Whether the run folder may be used for `config`; says what differs from the stored configuration.
 
+    Another --data.dataset may hold the same images: `check_dataset` decides when they are known.
+
     Raises:
         RunError: if it is not a run folder, or holds results of another configuration.
     """
@@ -43,18 +45,38 @@ def check_folder(config: Config, say: Callable[[str], None] = print) -> None:
     ours = any((run / name).exists() for name in (LOCK, "config.yaml", "data.json"))
     if run.is_dir() and any(run.iterdir()) and not ours:
         raise RunError(f"{run} is not empty and not a run folder: choose another --output_dir")
-    kept = [stage for stage in list(STAGES)[: _first_redone(config)] if (run / STAGES[stage][0]).exists()]
-    fatal = {}
+    kept, fatal = _kept(config), {}
     for key, (old, new) in _differences(read_stored(run), _remembered(config)):
         say(f"configuration changed: {key}: {old} -> {new}")
         if stage := _bound_stage(key, kept):
             fatal[key] = stage
     if fatal:
-        first = min(fatal.values(), key=list(STAGES).index)
-        raise RunError(
-            f"{run} holds results of another configuration ({', '.join(fatal)} changed): choose another "
-            f"--output_dir, set them back, or do it again from there: --redo '[{first}]'"
-        )
+        raise _refusal(run, list(fatal), min(fatal.values(), key=list(STAGES).index))
+
+
+def check_dataset(config: Config) -> None:
+    """Whether the run folder may go on with other images than its own: not if --data.dataset names others.
+
+    Raises:
+        RunError: if it does, and the folder holds results.
+    """
+    run = Path(config.output_dir)
+    kept = _kept(config)
+    if kept and config.data.dataset != read_stored(run)["data"]["dataset"]:
+        raise _refusal(run, ["data.dataset"], kept[0])
+
+
+def _kept(config: Config) -> list[str]:
+    """The stages with results in the run folder that will not be done again, in order."""
+    stages = list(STAGES)[: _first_redone(config)]
+    return [stage for stage in stages if (Path(config.output_dir) / STAGES[stage][0]).exists()]
+
+
+def _refusal(run: Path, changed: list[str], stage: str) -> RunError:
+    return RunError(
+        f"{run} holds results of another configuration ({', '.join(changed)} changed): choose another "
+        f"--output_dir, set them back, or do it again from there: --redo '[{stage}]'"
+    )
 
 
 def check_guide(config: Config) -> None:

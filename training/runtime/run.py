@@ -20,6 +20,7 @@ from training.networks import check_data, check_networks, pretrained_text_encode
 from training.runtime.accelerator import build_accelerator, on_main_process
 from training.runtime.atomic import read_json, write_json
 from training.runtime.folder import (
+    check_dataset,
     check_folder,
     check_guide,
     check_space,
@@ -111,7 +112,6 @@ def start(config: Config, stages: list[str]) -> Run:
     with accelerator.main_process_first():  # one downloads and scans
         data = load_images(config.data, captioned, paired_column(config.denoiser))
         scanned = _scan_once(config, data, accelerator.is_main_process)
-        data.drop(scanned.unreadable)
         _check_pairs_once(config, data, accelerator.is_main_process)
     accelerator.print(scanned.describe(), flush=True)
     if captioned:
@@ -137,27 +137,37 @@ def start(config: Config, stages: list[str]) -> Run:
 
 
 def _scan_once(config: Config, data: ImageData, store: bool) -> Scan:
-    """The scan of these images, from the run folder if an earlier start has left it there."""
-    path = Path(config.output_dir) / "data.json"
-    if path.exists() and (stored := read_json(path)).get("fingerprint") == data.fingerprint:
-        try:
-            return Scan(**stored["scan"])
-        except (KeyError, TypeError) as error:
-            raise RunError(f"{path} is damaged ({error}): delete it") from error
-    options = config.data
-    found = scan(data, options.scan, options.num_workers, leave_signals_to_parent)
-    if store:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"fingerprint": data.fingerprint, "scan": asdict(found)})
+    """The scan of `data`, which follows it; from the run folder if an earlier start has left it there."""
+    path, files = Path(config.output_dir) / "data.json", data.fingerprint
+    stored = read_json(path) if path.exists() else {}
+    try:
+        earlier = Scan(**stored["scan"]) if stored else None
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error}): delete it") from error
+    known = earlier is not None and stored["files"] == files
+    found = (
+        earlier if known else scan(data, config.data.scan, config.data.num_workers, leave_signals_to_parent)
+    )
+    data.drop(found.unreadable)
+    data.fingerprint = found.fingerprint or files
+    if not known:
+        if earlier and data.fingerprint != (earlier.fingerprint or stored["files"]):
+            check_dataset(config)
+        if store:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"files": files, "scan": asdict(found)})
     return found
 
 
 def _check_pairs_once(config: Config, data: ImageData, store: bool) -> None:
     """Check the pictures of a paired column, unless an earlier start has done so."""
     column, path = data.train.paired_column, Path(config.output_dir) / "data.json"
-    stored = read_json(path) if path.exists() else {}
-    if column is None or stored.get("paired") == column:
+    if column is None:
         return
-    check_pairs(data, config.data.num_workers, leave_signals_to_parent)
-    if store:
-        write_json(path, stored | {"paired": column})
+    stored = read_json(path) if path.exists() else {}
+    pairs = stored.get("pairs", {})
+    if column not in pairs:
+        pairs = pairs | {column: check_pairs(data, config.data.num_workers, leave_signals_to_parent)}
+        if store:
+            write_json(path, stored | {"pairs": pairs})
+    data.pairs = pairs[column]
