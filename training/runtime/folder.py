@@ -60,9 +60,9 @@ def check_dataset(config: Config) -> None:
     Raises:
         RunError: if it does, and the folder holds results.
     """
-    run = Path(config.output_dir)
-    kept = _kept(config)
-    if kept and config.data.dataset != read_stored(run)["data"]["dataset"]:
+    run, kept = Path(config.output_dir), _kept(config)
+    stored = read_stored(run)
+    if kept and stored and config.data.dataset != stored["data"]["dataset"]:
         raise _refusal(run, ["data.dataset"], kept[0])
 
 

@@ -140,22 +140,23 @@ def _scan_once(config: Config, data: ImageData, store: bool) -> Scan:
     """The scan of `data`, which follows it; from the run folder if an earlier start has left it there."""
     path, files = Path(config.output_dir) / "data.json", data.fingerprint
     stored = read_json(path) if path.exists() else {}
-    try:
-        earlier = Scan(**stored["scan"]) if stored else None
-    except (KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error}): delete it") from error
-    known = earlier is not None and stored["files"] == files
-    found = (
-        earlier if known else scan(data, config.data.scan, config.data.num_workers, leave_signals_to_parent)
-    )
+    earlier = None
+    if stored:
+        try:
+            earlier, known = Scan(**stored["scan"]), stored["files"]
+        except (KeyError, TypeError) as error:
+            raise RunError(f"{path} is damaged ({error}): delete it") from error
+    if earlier and known == files:
+        found = earlier
+    else:
+        found = scan(data, config.data.scan, config.data.num_workers, leave_signals_to_parent)
     data.drop(found.unreadable)
     data.fingerprint = found.fingerprint or files
-    if not known:
-        if earlier and data.fingerprint != (earlier.fingerprint or stored["files"]):
-            check_dataset(config)
-        if store:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"files": files, "scan": asdict(found)})
+    if earlier and data.fingerprint != (earlier.fingerprint or known):
+        check_dataset(config)
+    if found is not earlier and store:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"files": files, "scan": asdict(found)})
     return found
 
 
