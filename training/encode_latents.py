@@ -141,7 +141,7 @@ def caches(run: Run, autoencoder: nn.Module) -> list[Cache]:
     if cached(task):
         shards = [replace(shard, shapes={"mean": shard.shapes["mean"]}) for shard in found[0].plan]
         conditions = {split: ShownImages(task, run.data, split) for split in SPLITS}
-        key |= {"task": task.config, "pairs": run.data.pairs}
+        key = key | {"task": task.config, "pairs": run.data.pairs}
         found.append(Cache(folder / TASK_CACHE, key, shards, conditions))
     return found
 
