@@ -11,6 +11,7 @@ latents and denoiser. What was measured before is in the JSON file beside the pl
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,12 +76,17 @@ def drawing(pipe: LDMPipeline, bf16: bool) -> Callable[[list[int], torch.Generat
     return draw
 
 
-def checkpoints_of(run: Path, pipe: LDMPipeline) -> Iterator[tuple[int, float]]:
-    """Step and seconds of a denoiser's training of every kept checkpoint; `pipe` then has its averages."""
+def checkpoints_of(run: Path) -> Iterator[tuple[Path, int, float]]:
+    """Folder, step and seconds of a denoiser's training of every kept checkpoint."""
     for folder in found_checkpoints(run / "denoiser"):
-        pipe.unet.load_state_dict(ema_weights(folder))
         record = read_json(folder / "state.json")
-        yield record["step"], record["seconds"]
+        yield folder, record["step"], record["seconds"]
+
+
+def put_averages(pipe: LDMPipeline, checkpoint: Path) -> LDMPipeline:
+    """The pipeline with the averaged weights of a checkpoint."""
+    pipe.unet.load_state_dict(ema_weights(checkpoint))
+    return pipe
 
 
 def seconds_of(run: Path, *stages: str) -> float:
@@ -95,15 +101,16 @@ def runs_of(given: list[str]) -> Iterator[tuple[str, Path]]:
         yield from ((curve, Path(folder)) for folder in folders.split(","))
 
 
-def points(options: argparse.Namespace) -> Iterator[tuple[str, str, float, LDMPipeline]]:
-    """Curve, name, minutes and pipeline of every point."""
+def points(options: argparse.Namespace) -> Iterator[tuple[str, str, float, Callable[[], LDMPipeline]]]:
+    """Curve, name, minutes and the way to the pipeline of every point."""
     for curve, run in runs_of(options.runs):
         minutes = seconds_of(run, "autoencoder", "latents", "denoiser") / 60
-        yield curve, run.name, minutes, load(run / "pipeline")
+        yield curve, run.name, minutes, partial(load, run / "pipeline")
     for curve, run in runs_of(options.checkpoints):
-        pipe, before = load(run / "pipeline"), seconds_of(run, "autoencoder", "latents")
-        for step, seconds in checkpoints_of(run, pipe):
-            yield curve, f"{run.name}, step {step}", (before + seconds) / 60, pipe
+        before = seconds_of(run, "autoencoder", "latents")
+        for folder, step, seconds in checkpoints_of(run):
+            averaged = lambda run=run, folder=folder: put_averages(load(run / "pipeline"), folder)  # noqa: E731
+            yield curve, f"{run.name}, step {step}", (before + seconds) / 60, averaged
 
 
 def plot(found: dict, path: Path) -> None:
@@ -118,6 +125,14 @@ def plot(found: dict, path: Path) -> None:
         panel.grid(alpha=0.3)
     panel.legend()
     figure.savefig(path)
+
+
+def print_table(title: str, rows: dict[str, dict[str, float]]) -> None:
+    """Print the figures of named rows as a Markdown table."""
+    names = [name for name in next(iter(rows.values())) if not name.endswith("deviation")]
+    print(f"\n| {title} | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
+    for name, row in rows.items():
+        print(f"| {name} | {' | '.join(f'{row[key]:.3f}' for key in names)} |")
 
 
 def parse() -> argparse.Namespace:
@@ -138,18 +153,16 @@ def main():
     path = options.plot.with_suffix(".json")
     found = read_json(path) if path.exists() else {}
     data = parse_config([f"--data.dataset={options.dataset}", f"--data.resolution={options.resolution}"]).data
-    judge = Judge(load_images(data).train, options.features)
+    judge = None
     for curve, name, minutes, pipe in points(options):
         if name in found.setdefault(curve, {}):
             continue
-        found[curve][name] = {"minutes": minutes} | judge(drawing(pipe, options.bf16), options.count)
+        judge = judge or Judge(load_images(data).train, options.features)
+        found[curve][name] = {"minutes": minutes} | judge(drawing(pipe(), options.bf16), options.count)
         write_json(path, found)
         plot(found, options.plot)
     for curve, rows in found.items():
-        names = [name for name in next(iter(rows.values())) if not name.endswith("deviation")]
-        print(f"\n| {curve} | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
-        for name, row in rows.items():
-            print(f"| {name} | {' | '.join(f'{row[key]:.3f}' for key in names)} |")
+        print_table(curve, rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from ldm_pipeline import LDMPipeline, build_scheduler
 from ldm_pipeline.pipeline import Condition, denoise, denormalize_latents, set_latent_statistics
 from training.config import parse_config
-from training.data.latents import LatentDataset
+from training.data.images import SPLITS
+from training.data.latents import LatentDataset, channel_statistics
 from training.losses.denoising import DenoisingLoss
 from training.networks import new_autoencoder, new_denoiser
 from training.runtime.atomic import write_json
@@ -48,6 +49,26 @@ def side_by_side(rounds: int, **functions: Callable[[], object]) -> dict[str, fl
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def put_latents(run: Run, parts: dict[str, Iterable[dict[str, torch.Tensor]]]) -> None:
+    """Make a run that has trained no autoencoder look as if it had, and had encoded these latents.
+
+    Args:
+        parts: "mean" `(n, 2 or 1, *latent_shape)` and "class_labels" `(n,)` of each split.
+    """
+    folder, names = run.folder / "latents", {}
+    folder.mkdir(exist_ok=True)
+    for split, shards in parts.items():
+        names[split] = []
+        for number, moments in enumerate(shards):
+            names[split].append(f"{split}-{number:05d}.safetensors")
+            save_file(moments, folder / names[split][-1])
+    autoencoder = new_autoencoder(run.config)
+    mean, std = channel_statistics([folder / name for name in names["train"]])
+    set_latent_statistics(autoencoder, mean.tolist(), std.tolist())
+    autoencoder.save_pretrained(run.folder / "autoencoder")
+    write_json(folder / "manifest.json", {"key": {}, "shape": list(run.latent_shape), **names})
+
+
 def random_run(config_path: str, folder: Path, steps: int) -> Run:
     """A run of the configuration's networks, with random latents of ten classes for its first stages."""
     size = parse_config(["--config", config_path]).data.resolution
@@ -73,16 +94,8 @@ def random_run(config_path: str, folder: Path, steps: int) -> Run:
         *length,
     ]
     run = start(parse_config(options), ["denoiser"])
-    autoencoder = new_autoencoder(run.config)
-    shape, channels = run.latent_shape, run.config.autoencoder.latent_channels
-    set_latent_statistics(autoencoder, [0.0] * channels, [1.0] * channels)
-    autoencoder.save_pretrained(folder / "autoencoder")
-    (folder / "latents").mkdir()
-    splits = {split: [f"{split}.safetensors"] for split in ("train", "held_out")}
-    for names in splits.values():
-        moments = {"mean": torch.randn(IMAGES, 2, *shape).half(), "class_labels": torch.arange(IMAGES) % 10}
-        save_file(moments, folder / "latents" / names[0])
-    write_json(folder / "latents" / "manifest.json", {"key": {}, "shape": list(shape), **splits})
+    mean = torch.randn(IMAGES, 2, *run.latent_shape).half()
+    put_latents(run, {split: [{"mean": mean, "class_labels": torch.arange(IMAGES) % 10}] for split in SPLITS})
     return run
 
 

@@ -11,20 +11,17 @@ all training images. The same command continues.
 """
 
 import argparse
-import json
+from collections.abc import Iterator
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.minutes import Judge, checkpoints_of
+from benchmarks.minutes import Judge, checkpoints_of, print_table, put_averages
+from benchmarks.overheads import put_latents
 from benchmarks.tasks import load
-from ldm_pipeline.pipeline import denormalize_latents, set_latent_statistics
+from ldm_pipeline.pipeline import denormalize_latents
 from training.config import parse_config
 from training.data.images import SPLITS
-from training.data.latents import channel_statistics
-from training.networks import new_autoencoder
-from training.runtime.atomic import write_json
 from training.runtime.run import Run, start
 from training.train_denoiser import train_denoiser
 
@@ -38,27 +35,21 @@ ALWAYS = [
 
 def write_pixels(run: Run) -> None:
     """The images and their mirror images, in [-1, 1], where the run looks for its latents."""
-    folder, names = run.folder / "latents", {}
-    folder.mkdir(exist_ok=True)
-    for split in SPLITS:
-        images, names[split] = getattr(run.data, split), []
+
+    def parts(split: str) -> Iterator[dict[str, Tensor]]:
+        images = getattr(run.data, split)
         for first in range(0, len(images), SHARD):
             items = [images[index, False] for index in range(first, min(first + SHARD, len(images)))]
             pixels = torch.stack([item["images"] for item in items])
             labels = torch.tensor([int(item["class_labels"]) for item in items])
-            names[split].append(f"{split}-{first // SHARD:05d}.safetensors")
-            moments = {"mean": torch.stack([pixels, pixels.flip(-1)], 1).half(), "class_labels": labels}
-            save_file(moments, folder / names[split][-1])
-    autoencoder = new_autoencoder(run.config)
-    mean, std = channel_statistics([folder / name for name in names["train"]])
-    set_latent_statistics(autoencoder, mean.tolist(), std.tolist())
-    autoencoder.save_pretrained(run.folder / "autoencoder")
-    write_json(folder / "manifest.json", {"key": {}, "shape": list(run.latent_shape), **names})
+            yield {"mean": torch.stack([pixels, pixels.flip(-1)], 1).half(), "class_labels": labels}
+
+    put_latents(run, {split: parts(split) for split in SPLITS})
 
 
 @torch.no_grad()
 def measure(run: Run, features: str, count: int) -> None:
-    """Print the metrics of the samples of every kept checkpoint."""
+    """Print a table of the metrics of the samples of every kept checkpoint."""
     judge, pipe = Judge(run.data.train, features), load(run.folder / "pipeline")
 
     def draw(labels: list[int], generator: torch.Generator) -> Tensor:
@@ -66,9 +57,11 @@ def measure(run: Run, features: str, count: int) -> None:
             drawn = pipe(class_labels=labels, generator=generator, output_type="latent").images
         return denormalize_latents(pipe.vae, drawn.float()).cpu()
 
-    for step, seconds in checkpoints_of(run.folder, pipe):
-        figures = judge(draw, count)
-        print(f"{step:,} steps, {seconds / 60:.1f} minutes:", json.dumps(figures), flush=True)
+    rows = {}
+    for folder, step, seconds in checkpoints_of(run.folder):
+        put_averages(pipe, folder)
+        rows[f"step {step:,}"] = {"minutes": seconds / 60} | judge(draw, count)
+    print_table("pixels", rows)
 
 
 def main():

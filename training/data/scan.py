@@ -126,11 +126,8 @@ def check_pairs(
     fingerprint = hashlib.sha256()
     for split in (data.train, data.held_out):
         bad = {}
-        for index, result in _inspect(_PairInspection(split), range(len(split)), num_workers, worker_init_fn):
-            if isinstance(result, str):
-                bad[index] = result
-            else:
-                fingerprint.update(result)
+        for digest in _inspect(_PairInspection(split), range(len(split)), bad, num_workers, worker_init_fn):
+            fingerprint.update(digest)
         if bad:
             shown = "".join(f"\n  {split.name_of(index)}: {bad[index]}" for index in list(bad)[:10])
             raise RunError(
@@ -155,20 +152,17 @@ def scan(
         RunError: no image of a split can be used.
     """
     found, unreadable, counts, sampled, classes = Counter(), [], {}, 0, None
-    kind = [data.train.resolution, data.train.channels, data.id2label, TRANSFORM_VERSION]
-    fingerprint = hashlib.sha256(json.dumps(kind).encode())
+    settings = [data.train.resolution, data.train.channels, data.id2label, TRANSFORM_VERSION]
+    fingerprint = hashlib.sha256(json.dumps(settings).encode())
     for key, split in (("train", data.train), ("held_out", data.held_out)):
         indices = range(len(split))
         if extent == "sample" and len(split) > SAMPLE_SIZE:
             indices = [number * (len(split) - 1) // (SAMPLE_SIZE - 1) for number in range(SAMPLE_SIZE)]
         sampled += len(indices)
         bad = {}
-        for index, result in _inspect(_Inspection(split), indices, num_workers, worker_init_fn):
-            if isinstance(result, str):
-                bad[index] = result
-            else:
-                found[result[0]] += 1
-                fingerprint.update(result[1])
+        for kind, digest in _inspect(_Inspection(split), indices, bad, num_workers, worker_init_fn):
+            found[kind] += 1
+            fingerprint.update(digest)
         for index, reason in bad.items():
             unreadable.append({"split": key, "index": index, "name": split.name_of(index), "reason": reason})
         counts[key] = len(split) - len(bad)
@@ -202,9 +196,13 @@ def scan(
 
 
 def _inspect(
-    dataset: _Inspection, indices: Sequence[int], num_workers: int, worker_init_fn: Callable | None
-) -> Iterator[tuple[int, Any]]:
-    """The results of an inspection with their indices, in the order of `indices`."""
+    dataset: _Inspection,
+    indices: Sequence[int],
+    bad: dict[int, str],
+    num_workers: int,
+    worker_init_fn: Callable | None,
+) -> Iterator[Any]:
+    """What an inspection found, in the order of `indices`; `bad` gets the reasons of what cannot be used."""
     many = len(indices) >= MANY_IMAGES
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = (num_workers or (cores if cores > 1 else 0)) if many else 0
@@ -212,4 +210,9 @@ def _inspect(
     loader = DataLoader(dataset, 64, sampler=indices, **options)
     every = 0.1 if sys.stderr.isatty() else 30  # seconds: a log file keeps every line
     bar = tqdm(loader, f"scanning {dataset.split.name}", mininterval=every, disable=not many)
-    return zip(indices, (result for batch in bar for result in batch), strict=True)
+    results = (result for batch in bar for result in batch)
+    for index, result in zip(indices, results, strict=True):
+        if isinstance(result, str):
+            bad[index] = result
+        else:
+            yield result

@@ -65,7 +65,7 @@ class TaskImages(Dataset):
 
     def __init__(self, task: Task, data: ImageData, split: str):
         self.task, self.originals = task, getattr(data, split)
-        # Of results in a store.
+        # What these pictures are made of: whatever else is computed from them is kept under it.
         self.key = {"task": task.config, "data": data.fingerprint, "pairs": data.pairs, "split": split}
         column = task.kind == "column"
         self.images = self.originals.paired(task.config["nearest"]) if column else self.originals
