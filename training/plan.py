@@ -12,8 +12,10 @@ from training.config import Config, RunError
 from training.data.tasks import RANDOM, cached, task_of
 from training.recipes import (
     AMPLE,
+    AUTOENCODER_BATCH,
     AUTOENCODER_SHARE,
     AUTOENCODERS,
+    DENOISER_BATCH,
     EPOCHS_WITHOUT_DROPOUT,
     PARAMETERS_PER_IMAGE,
     UNETS,
@@ -94,7 +96,7 @@ def _choose(
     draft, reasons, everything = smallest(config, facts.typical_batch), [], facts.images + facts.held_out
     data = {"channels": 1 if facts.grey else 3, "horizontal_flip": mirrored, "max_images": limit}
     put(draft, {f"data.{name}": value for name, value in data.items()})
-    put(draft, {"denoiser.optimizer": "adamw" if facts.sharded else "muon"})
+    put(draft, {"autoencoder.optimizer": "muon", "denoiser.optimizer": "adamw" if facts.sharded else "muon"})
     start = FIXED + facts.scanning
     left = seconds * (1 - RESERVE) - start - facts.captions
     draft, encoder, first = _choose_autoencoder(draft, facts, left, measure, reasons)
@@ -168,7 +170,9 @@ def _choose_autoencoder(draft: Config, facts: Facts, seconds: float, measure: Me
     def worth(speed: Speed) -> float:
         return min(images(speed), (AMPLE * need * images(speed)) ** 0.5)
 
-    speed = _set_batch(draft, name, batch_size(0.1, worth(measure(draft, name)), facts), facts, measure)
+    speed = _set_batch(
+        draft, name, batch_size(*AUTOENCODER_BATCH, worth(measure(draft, name)), facts), facts, measure
+    )
     check = min(512, facts.held_out) * (speed.evaluate + facts.decoding) / facts.processes
     return draft, speed, _set_steps(draft, name, worth(speed), cost(speed), check, speed)
 
@@ -234,7 +238,9 @@ def _choose_denoiser(
         for rung in unets_of(draft)
     ]
     draft, _ = _climb(draft, name, ladder, suitable, measure, reasons)
-    speed = _set_batch(draft, name, batch_size(0.1, images(measure(draft, name)), facts), facts, measure)
+    speed = _set_batch(
+        draft, name, batch_size(*DENOISER_BATCH, images(measure(draft, name)), facts), facts, measure
+    )
     stage, columns = draft.denoiser, min(facts.classes, 10) or 8
     passes = stage.sample_steps * (1 if stage.guidance_scale == 1 else 2)
     picture = (passes * speed.evaluate + encoder.decode) / facts.processes

@@ -12,6 +12,7 @@ from operator import attrgetter
 from training.config import Config, OptimizationConfig
 
 AUTOENCODER_SHARE = 0.2  # of the time for training, at most
+AUTOENCODER_BATCH, DENOISER_BATCH = (0.05, 8), (0.1, 16)  # factor of the images' root, and the least
 AMPLE = 5  # times the images that an autoencoder needs; beyond, what it sees grows with the root of the time
 PARAMETERS_PER_IMAGE = 4000  # of the denoiser, at most: few images are learnt by heart
 EPOCHS_WITHOUT_DROPOUT = 100
@@ -216,10 +217,11 @@ def sampling_options(config: Config, facts: Facts) -> dict:
     }
 
 
-def batch_size(factor: float, images: float, facts: Facts) -> int:
-    """A batch that grows with the root of the images seen: a power of two from 16 to 1024, if there are as
-    many images, and a multiple of the processes."""
-    power = min(10, max(4, round(math.log2(factor * max(1.0, images) ** 0.5))), int(math.log2(facts.images)))
+def batch_size(factor: float, least: int, images: float, facts: Facts) -> int:
+    """A batch that grows with the root of the images seen: a power of two from `least` to 1024, if there are
+    as many images, and a multiple of the processes."""
+    grown = round(math.log2(max(least, factor * max(1.0, images) ** 0.5)))
+    power = min(10, grown, int(math.log2(facts.images)))
     size = max(2**power, facts.processes)
     return size - size % facts.processes
 
