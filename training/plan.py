@@ -242,7 +242,8 @@ def _choose_denoiser(
         draft, name, batch_size(*DENOISER_BATCH, images(measure(draft, name)), facts), facts, measure
     )
     stage, columns = draft.denoiser, min(facts.classes, 10) or 8
-    passes = stage.sample_steps * (1 if stage.guidance_scale == 1 else 2)
+    least, most = (0.0, 0.0) if stage.guidance_scale == 1 else stage.guidance_interval
+    passes = stage.sample_steps * (1 + most - least)  # two evaluations where it guides
     picture = (passes * speed.evaluate + encoder.decode) / facts.processes
     judged = FINAL_ROWS * columns * picture + _set_evaluation(draft, facts, seconds, encoder, speed, picture)
     check = min(1024, facts.held_out) * speed.evaluate / facts.processes + 2 * GRID_ROWS * columns * picture
