@@ -11,7 +11,7 @@ latents and denoiser. What was measured before is in the JSON file beside the pl
 
 import argparse
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -113,6 +113,28 @@ def points(options: argparse.Namespace) -> Iterator[tuple[str, str, float, Calla
             yield curve, f"{run.name}, step {step}", (before + seconds) / 60, averaged
 
 
+class Measured:
+    """Metrics of the points of curves, in a JSON file: what is in it is not measured again.
+
+    Attributes:
+        curves: name -> point -> "minutes" and metrics.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.curves: dict[str, dict[str, dict[str, float]]] = read_json(path) if path.exists() else {}
+
+    def add(self, curve: str, point: str, minutes: float, metrics: Callable[[], dict[str, float]]) -> None:
+        points = self.curves.setdefault(curve, {})
+        if point not in points:
+            points[point] = {"minutes": minutes} | metrics()
+            write_json(self.path, self.curves)
+
+    def print(self) -> None:
+        for curve, points in self.curves.items():
+            print_table(curve, points)
+
+
 def plot(found: dict, path: Path) -> None:
     """Distance and recall over minutes, a line for each curve."""
     figure = Figure(figsize=(10, 4), dpi=100, layout="constrained")
@@ -150,19 +172,17 @@ def parse() -> argparse.Namespace:
 
 def main():
     options = parse()
-    path = options.plot.with_suffix(".json")
-    found = read_json(path) if path.exists() else {}
     data = parse_config([f"--data.dataset={options.dataset}", f"--data.resolution={options.resolution}"]).data
-    judge = None
-    for curve, name, minutes, pipe in points(options):
-        if name in found.setdefault(curve, {}):
-            continue
-        judge = judge or Judge(load_images(data).train, options.features)
-        found[curve][name] = {"minutes": minutes} | judge(drawing(pipe(), options.bf16), options.count)
-        write_json(path, found)
-        plot(found, options.plot)
-    for curve, rows in found.items():
-        print_table(curve, rows)
+    judge = cache(lambda: Judge(load_images(data).train, options.features))
+    measured = Measured(options.plot.with_suffix(".json"))
+    for curve, point, minutes, pipe in points(options):
+
+        def metrics(pipe=pipe) -> dict[str, float]:
+            return judge()(drawing(pipe(), options.bf16), options.count)
+
+        measured.add(curve, point, minutes, metrics)
+        plot(measured.curves, options.plot)
+    measured.print()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.minutes import Judge, checkpoints_of, print_table, put_averages
+from benchmarks.minutes import Judge, Measured, checkpoints_of, put_averages
 from benchmarks.overheads import put_latents
 from benchmarks.tasks import load
 from ldm_pipeline.pipeline import denormalize_latents
@@ -49,7 +49,7 @@ def write_pixels(run: Run) -> None:
 
 @torch.no_grad()
 def measure(run: Run, features: str, count: int) -> None:
-    """Print a table of the metrics of the samples of every kept checkpoint."""
+    """Print a table of the metrics of the samples of every kept checkpoint, which `pixels.json` keeps."""
     judge, pipe = Judge(run.data.train, features), load(run.folder / "pipeline")
 
     def draw(labels: list[int], generator: torch.Generator) -> Tensor:
@@ -57,11 +57,11 @@ def measure(run: Run, features: str, count: int) -> None:
             drawn = pipe(class_labels=labels, generator=generator, output_type="latent").images
         return denormalize_latents(pipe.vae, drawn.float()).cpu()
 
-    rows = {}
+    measured = Measured(run.folder / "pixels.json")
     for folder, step, seconds in checkpoints_of(run.folder):
         put_averages(pipe, folder)
-        rows[f"step {step:,}"] = {"minutes": seconds / 60} | judge(draw, count)
-    print_table("pixels", rows)
+        measured.add("pixels", f"step {step}", seconds / 60, lambda: judge(draw, count))
+    measured.print()
 
 
 def main():

@@ -170,17 +170,18 @@ def _choose_autoencoder(draft: Config, facts: Facts, seconds: float, measure: Me
     def worth(speed: Speed) -> float:
         return min(images(speed), (AMPLE * need * images(speed)) ** 0.5)
 
-    speed = _set_batch(
-        draft, name, batch_size(*AUTOENCODER_BATCH, worth(measure(draft, name)), facts), facts, measure
-    )
+    speed = _set_batch(draft, name, AUTOENCODER_BATCH, worth(measure(draft, name)), facts, measure)
     check = min(512, facts.held_out) * (speed.evaluate + facts.decoding) / facts.processes
     return draft, speed, _set_steps(draft, name, worth(speed), cost(speed), check, speed)
 
 
-def _set_batch(draft: Config, name: str, size: int, facts: Facts, measure: Measure) -> Speed:
-    """Set the batch size: the part of `size` that fits into memory, or a multiple of it, up to that at which
-    networks are compared, where a GPU waits for Python and takes hardly longer for it. Returns the speed."""
-    option = f"{name}.batch_size"
+def _set_batch(
+    draft: Config, name: str, rule: tuple[float, int], images: float, facts: Facts, measure: Measure
+) -> Speed:
+    """Set the batch size: as much as fits into memory of what a `rule` of recipes gives for `images` to see,
+    or a multiple of it, up to that at which networks are compared, where a GPU waits for Python and takes
+    hardly longer for it. Returns the speed."""
+    option, size = f"{name}.batch_size", batch_size(*rule, images, facts)
     put(draft, {option: size})
     while math.isinf(measure(draft, name).step) and size % 2 == 0 and option not in draft.given:
         size //= 2
@@ -238,9 +239,7 @@ def _choose_denoiser(
         for rung in unets_of(draft)
     ]
     draft, _ = _climb(draft, name, ladder, suitable, measure, reasons)
-    speed = _set_batch(
-        draft, name, batch_size(*DENOISER_BATCH, images(measure(draft, name)), facts), facts, measure
-    )
+    speed = _set_batch(draft, name, DENOISER_BATCH, images(measure(draft, name)), facts, measure)
     stage, columns = draft.denoiser, min(facts.classes, 10) or 8
     least, most = (0.0, 0.0) if stage.guidance_scale == 1 else stage.guidance_interval
     passes = stage.sample_steps * (1 + most - least)  # two evaluations where it guides
