@@ -12,6 +12,7 @@ all training images. The same command continues.
 
 import argparse
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def write_pixels(run: Run) -> None:
 @torch.no_grad()
 def measure(run: Run, features: str, count: int) -> None:
     """Print a table of the metrics of the samples of every kept checkpoint, which `pixels.json` keeps."""
-    judge, pipe = Judge(run.data.train, features), load(run.folder / "pipeline")
+    judge, pipe = cache(lambda: Judge(run.data.train, features)), load(run.folder / "pipeline")
 
     def draw(labels: list[int], generator: torch.Generator) -> Tensor:
         with run.accelerator.autocast():
@@ -59,8 +60,12 @@ def measure(run: Run, features: str, count: int) -> None:
 
     measured = Measured(run.folder / "pixels.json")
     for folder, step, seconds in checkpoints_of(run.folder):
-        put_averages(pipe, folder)
-        measured.add("pixels", f"step {step}", seconds / 60, lambda: judge(draw, count))
+
+        def metrics(folder=folder) -> dict[str, float]:
+            put_averages(pipe, folder)
+            return judge()(draw, count)
+
+        measured.add("pixels", f"step {step}", seconds / 60, metrics)
     measured.print()
 
 
