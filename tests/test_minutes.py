@@ -67,6 +67,7 @@ def test_what_is_chosen_suits_the_images():
     assert any("parameters per image" in reason for reason in few.reasons)
     fast = plan_of(60, CIFAR, 10_000).config
     assert fast.denoiser.widths == UNETS[-1].widths and fast.autoencoder.widths == AUTOENCODERS[32][1].widths
+    assert not any(plan_of(5).config.denoiser.attention) and fast.denoiser.attention == [False, True, True]
 
 
 def test_of_many_images_as_many_are_read_as_can_be_seen():
@@ -101,6 +102,9 @@ def test_options_that_are_given_stay(tmp_path):
     assert (config.denoiser.widths, config.data.resolution) == ([32, 96, 96], 16)
     assert (config.autoencoder.max_steps, config.seed, config.denoiser.attention_head_dim) == (50, 3, 32)
     assert len(config.denoiser.attention) == 3 and config.denoiser.max_steps != Config().denoiser.max_steps
+    for attention, widths in (([False, True], UNETS[1].widths), ([False, True, True], UNETS[-1].widths)):
+        config = plan_of(60, CIFAR, 10_000, f"--denoiser.attention={str(attention).lower()}").config
+        assert (config.denoiser.attention, config.denoiser.widths) == (attention, widths)
     with pytest.raises(RunError, match=r"denoiser \d{4}"):  # minutes that the given steps take
         plan_of(30, CIFAR, 1, "--denoiser.max_steps=1000000")
 

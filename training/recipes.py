@@ -46,17 +46,21 @@ AUTOENCODERS = {
 
 @dataclass(frozen=True)
 class UNet:
-    """A denoiser, and the images that it must see to be better than the smaller one in the same time."""
+    """A denoiser, and the images that it must see to be better than the smaller one in the same time.
+
+    `attends`: at 8x8 and below; else only its middle block does.
+    """
 
     need: int
     widths: list[int]
     layers: int
     learning_rate: float = 1e-3
+    attends: bool = True
 
 
 UNETS = (
-    UNet(2_000, [32, 64], 1, 2e-3),
-    UNet(5_000, [64, 128], 1),
+    UNet(2_000, [32, 64], 1, 2e-3, attends=False),
+    UNet(5_000, [64, 128], 1, attends=False),
     UNet(300_000, [64, 128, 256], 1),
     UNet(1_000_000, [128, 256, 256], 2),
     UNet(2_000_000, [192, 384, 384], 3, 8e-4),
@@ -174,21 +178,23 @@ def autoencoder_options(config: Config, facts: Facts, resolution: int, recipe: A
 
 
 def unets_of(config: Config) -> tuple[UNet, ...]:
-    """The U-Nets to choose from: all, or the one that is nearest to given widths."""
-    if "denoiser.widths" not in config.given:
-        return UNETS
-    widest = max(config.denoiser.widths)
-    return (min(UNETS, key=lambda recipe: abs(math.log(widest / max(recipe.widths)))),)
+    """The U-Nets to choose from: all, those of as many levels as given attention has, or the one that is
+    nearest to given widths."""
+    if "denoiser.widths" in config.given:
+        widest = max(config.denoiser.widths)
+        return (min(UNETS, key=lambda recipe: abs(math.log(widest / max(recipe.widths)))),)
+    if "denoiser.attention" in config.given:
+        return tuple(r for r in UNETS if len(r.widths) == len(config.denoiser.attention)) or UNETS
+    return UNETS
 
 
 def denoiser_options(config: Config, recipe: UNet, side: int, batch_size: int) -> dict:
-    """The options of a U-Net for latents of `side`, with attention at 8x8 and below."""
+    """The options of a U-Net for latents of `side`."""
     widths = config.denoiser.widths if "denoiser.widths" in config.given else recipe.widths
-    coarse = [level > 0 and side >> level <= 8 for level in range(len(widths))]
     own = {
         "widths": widths,
         "layers_per_block": recipe.layers,
-        "attention": [*coarse[:-1], True],
+        "attention": [recipe.attends and level > 0 and side >> level <= 8 for level in range(len(widths))],
         "attention_head_dim": math.gcd(64, *widths),
         "norm_groups": math.gcd(32, *widths),
         "learning_rate": recipe.learning_rate,
