@@ -168,7 +168,7 @@ def autoencoder_options(config: Config, facts: Facts, resolution: int, recipe: A
         "widths": recipe.widths,
         "blocks": [1] * levels if kl else blocks,
         # At 64 pixels thin lines and letters need more than photographs.
-        "latent_channels": 4 if resolution < 64 else 16 if resolution >= 128 else 8 if facts.drawn else 4,
+        "latent_channels": 8 if resolution >= 128 or resolution >= 64 and facts.drawn else 4,
         "latent_noise": 0.1,
         "kl_weight": 1e-6 if kl else 1e-3,  # holds the latents' scale; AutoencoderDC has no posterior
         "learning_rate": recipe.learning_rate,
