@@ -218,7 +218,7 @@ def sampling_options(config: Config, facts: Facts) -> dict:
     by_class = not text and facts.classes > 0 and config.data.dataset != "digits"
     return {
         "denoiser.sample_steps": 8 if config.data.resolution <= 32 else 12,
-        "denoiser.guidance_scale": 5.0 if text else 3.5 if by_class else 1.0,
+        "denoiser.guidance_scale": 5.0 if text else 3.0 if by_class else 1.0,
         "denoiser.guidance_interval": (0.2, 0.8) if by_class else (0.0, 1.0),
     }
 
