@@ -12,7 +12,7 @@ from training.runtime.accelerator import join_processes
 from training.runtime.folder import continued
 from training.speeds import Bench, agreed
 
-WORTH_COMPILING = 300  # seconds of denoiser training from which on compiling is tried
+WORTH_COMPILING = 600  # seconds of denoiser training from which on compiling is tried
 SINGLE_CALL = {"output_dir", "redo", "dry_run"}  # no part of a recipe
 NETWORK = ("widths", "layers_per_block", "attention", "attention_head_dim", "learning_rate", "batch_size")
 

@@ -39,6 +39,7 @@ Setting = TypeVar("Setting")
 LOOKED_AT = 200  # images
 DRAWN = 0.3  # share of neighbouring pixels that are equal; photographs have few
 TRYING = 0.005  # of the time, for the choice of precision, and for that of threads
+IN_GPU_LOOP = 1.25  # times the seconds of a step alone, where a GPU waits for Python (docs/recipes.md)
 CLOSE = 1.3  # threads and precisions this much slower than the best are not tried further
 
 
@@ -262,6 +263,7 @@ class Bench:
         if stage.compile:
             (module if name == "autoencoder" else module.unet).compile()
         step = agreed(time_step(module, stage, arguments, self.autocast)[0]) / part / processes
+        step *= IN_GPU_LOOP if self.device.type == "cuda" else 1
         # Training, and passes without gradients in two batch sizes, are compiled one after another.
         compiling = 3 * agreed(time.perf_counter() - begun) if stage.compile else 0.0
         if name == "autoencoder":
