@@ -221,7 +221,6 @@ def _choose_denoiser(
 ):
     """Denoiser and evaluation: the configuration, the network's speed, and the seconds of both stages."""
     name, task = "denoiser", task_of(draft.denoiser)
-    put(draft, sampling_options(draft, facts))
     # A task of random conditions makes and encodes them in every step.
     live = facts.decoding / max(1, facts.readers) + encoder.encode if task and task.kind in RANDOM else 0.0
 
@@ -238,7 +237,8 @@ def _choose_denoiser(
         (rung.need, denoiser_options(draft, rung, encoder.side, facts.typical_batch))
         for rung in unets_of(draft)
     ]
-    draft, _ = _climb(draft, name, ladder, suitable, measure, reasons)
+    draft, need = _climb(draft, name, ladder, suitable, measure, reasons)
+    put(draft, sampling_options(draft, facts, need))
     speed = _set_batch(draft, name, DENOISER_BATCH, images(measure(draft, name)), facts, measure)
     stage, columns = draft.denoiser, min(facts.classes, 10) or 8
     least, most = (0.0, 0.0) if stage.guidance_scale == 1 else stage.guidance_interval
