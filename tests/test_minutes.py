@@ -109,6 +109,14 @@ def test_options_that_are_given_stay(tmp_path):
         plan_of(30, CIFAR, 1, "--denoiser.max_steps=1000000")
 
 
+@pytest.mark.parametrize("recipe", UNETS, ids=lambda recipe: str(recipe.widths))
+def test_given_widths_of_a_recipe_get_the_rest_of_it(recipe):
+    chosen = plan_of(60, CIFAR, 10_000, f"--denoiser.widths={recipe.widths}").config.denoiser
+    assert (chosen.layers_per_block, chosen.learning_rate) == (recipe.layers, recipe.learning_rate)
+    assert any(chosen.attention) == recipe.attends
+    assert chosen.guidance_scale == (2 if recipe.need >= 1_000_000 else 3)
+
+
 def test_a_complete_file_is_not_sized(tmp_path):
     assert parse_config(["--config", str(TINY)]).minutes is None
     assert parse_config([]).minutes == 60 and parse_config([]).output_dir == "runs/cifar10"

@@ -181,8 +181,12 @@ def unets_of(config: Config) -> tuple[UNet, ...]:
     """The U-Nets to choose from: all, those of as many levels as given attention has, or the one that is
     nearest to given widths."""
     if "denoiser.widths" in config.given:
-        widest = max(config.denoiser.widths)
-        return (min(UNETS, key=lambda recipe: abs(math.log(widest / max(recipe.widths)))),)
+        given = config.denoiser.widths
+
+        def distances(recipe: UNet) -> list[float]:
+            return [abs(math.log(size(given) / size(recipe.widths))) for size in (max, sum)]
+
+        return (min(UNETS, key=distances),)
     if "denoiser.attention" in config.given:
         return tuple(r for r in UNETS if len(r.widths) == len(config.denoiser.attention)) or UNETS
     return UNETS
